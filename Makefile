@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine: `make bench` (the main job) and `make test`.
+# Both build .venv once and reuse it.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PY ?= $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+EXTRAS := bench,hf,examples,dev
+JOBS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: help install test test-all bench gpu lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
+
+# an interpreter handed in by PY= brings its own packages: no venv is built for it
+ifeq ($(PY),$(VENV)/bin/python)
+READY := $(STAMP)
+endif
+
+install: $(STAMP)  ## build .venv with everything
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" CONSTRAINTS="$(CONSTRAINTS)" EXTRAS="$(EXTRAS)" sh .ci/install
+	@touch $@
+
+test: $(READY)  ## the tests that need no GPU (Triton kernels in its CPU interpreter)
+	$(PY) -m pytest -n $(JOBS) -m "not gpu and not slow" -q
+
+test-all: $(READY)  ## the same, with the long sweeps
+	$(PY) -m pytest -n $(JOBS) -m "not gpu" -q
+
+bench: $(READY)  ## the benchmark: GPU timings where there is a GPU, CPU timings and static figures elsewhere
+	$(PY) -m bench
+
+gpu: $(READY)  ## GPU tests, then the GPU suite; JSON as it goes under $$OUT (default bench-results/), under 9 minutes
+	$(PY) -m bench.gpu
+
+lint: $(READY)  ## ruff (check and format) and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY)  ## let ruff rewrite what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks bench-results build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

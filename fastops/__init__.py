@@ -1,0 +1,11 @@
+"""fastops: Triton kernels for PyTorch, and the tools that prove them.
+
+Importing it imports neither triton nor CUDA. See README.md for what it offers and for how its numbers are measured.
+"""
+
+from fastops import nn
+from fastops._env import KernelUnavailable
+
+__version__ = "0.1.0"
+
+__all__ = ["KernelUnavailable", "__version__", "nn"]

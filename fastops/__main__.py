@@ -1,0 +1,43 @@
+"""Command line: `fastops env | inspect | profile`, the same as `python -m fastops`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# command -> module with `add_arguments(parser)` and `run(arguments) -> exit code`; imported only when asked for
+COMMANDS = {
+    "env": ("fastops._env_cli", "versions, GPUs, and which engine each op would run and why"),
+    "inspect": ("fastops.inspection.cli", "what a Triton kernel needs on a GPU that need not be here"),
+    "profile": ("fastops.profiling.cli", "where the GPU time of a model goes, and what to do about it"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, run one command, return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="fastops", description="Triton kernels for PyTorch, with their tools.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    chosen = next((argument for argument in arguments if argument in COMMANDS), None)
+    module = None
+    for name, (path, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == chosen:
+            module = importlib.import_module(path)
+            module.add_arguments(command)
+    parsed = parser.parse_args(arguments)
+    assert module is not None
+    return int(module.run(parsed))
+
+
+def _version() -> str:
+    import fastops
+
+    return f"fastops {fastops.__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""`fastops env`: versions, GPUs, and per op which engine would run and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+
+from fastops import _env
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `fastops env`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report; always exit code 0."""
+    facts = _env.report()
+    facts["import_ms"] = import_milliseconds()
+    engines = engine_choices()
+    if arguments.json:
+        print(json.dumps({**facts, "engines": engines}, indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("what", "value", title="fastops env", title_justify="left")
+    for name, value in facts.items():
+        if name == "gpus":
+            continue
+        table.add_row(name, "-" if value is None else str(value))
+    for gpu in _env.gpus():
+        memory = int(gpu["memory_bytes"]) / 2**30
+        table.add_row("GPU", f"{gpu['name']}, {gpu['capability']}, {gpu['multiprocessors']} SMs, {memory:.0f} GiB")
+    if not facts["gpus"]:
+        table.add_row("GPU", "none that PyTorch sees")
+    console.print(table)
+    ops = Table("op", "example", "engine", "why", title='impl="auto" here', title_justify="left")
+    for choice in engines:
+        ops.add_row(choice["op"], choice["example"], choice["engine"], choice["why"])
+    console.print(ops)
+    return 0
+
+
+def engine_choices() -> list[dict[str, str]]:
+    """What "auto" picks on this machine for one typical case an op."""
+    from fastops import ops
+
+    return [choice for module in ops.modules() for choice in module.explain_auto()]
+
+
+def import_milliseconds() -> float:
+    """Milliseconds that `import fastops` takes beyond `import torch`, in a fresh process."""
+    code = "import time, torch; t = time.perf_counter(); import fastops; print((time.perf_counter() - t) * 1e3)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return round(float(result.stdout), 1)

@@ -1,0 +1,1 @@
+"""Registrations with other libraries; import the one you want."""

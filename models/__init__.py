@@ -1,0 +1,1 @@
+"""Plain torch.nn models, readable alone; fastops speeds them up from outside."""
