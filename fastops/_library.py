@@ -83,7 +83,7 @@ def reference_gradients(
     wanted = [i for i, needed in enumerate(needs_input_grad) if needed and inputs[i] is not None]
     with torch.enable_grad():
         # a view of each input, so that a tensor passed twice (attention of x to itself) gets two separate gradients
-        inputs = [x.view_as(x) if i in wanted else x for i, x in enumerate(inputs)]  # type: ignore[arg-type]
+        inputs = [x.view_as(x) if x is not None and i in wanted else x for i, x in enumerate(inputs)]
         outputs = reference(*inputs)
         if isinstance(outputs, torch.Tensor):
             outputs, grad_outputs = (outputs,), (grad_outputs,)  # type: ignore[assignment]
