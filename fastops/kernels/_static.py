@@ -1,6 +1,6 @@
 """What the static gate and `fastops inspect` compile: every shipped kernel configuration, as data.
 
-Each kernel module has `static_cases() -> list[StaticCase]`. fastops.inspection compiles them for GPUs that are not here.
+Each kernel module has `static_cases() -> list[StaticCase]`; fastops.inspection compiles them, no GPU needed.
 """
 
 from __future__ import annotations
