@@ -1,0 +1,159 @@
+"""The house rules that a machine can check: who imports whom, what importing costs, what is pinned where."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# a package may import those before it in this order; unknown parts of fastops fail the test
+FLOORS = {
+    "_env": 0,
+    "_library": 0,
+    "tuning": 0,
+    "kernels": 1,
+    "ops": 2,
+    "nn": 3,
+    "integrations": 4,
+    "accelerate": 5,
+    "inspection": 6,
+    "profiling": 6,
+    "_env_cli": 6,
+    "__main__": 7,
+    "__init__": 7,
+}
+
+
+def floor_of(module: str) -> int:
+    part = module.split(".")[1] if "." in module else "__init__"
+    for name, floor in FLOORS.items():
+        if part == name or (part.startswith("_") and part.lstrip("_") == name):
+            return floor
+    raise AssertionError(f"{module} has no floor in the house: add it to FLOORS, knowing where it belongs")
+
+
+def imports_of(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}" if node.module == "fastops" else node.module
+                yield full, node.lineno
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastops").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_knowledge_flows_one_way(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for imported, line in imports_of(path):
+        top = imported.split(".")[0]
+        assert top not in {"models", "bench", "tests"}, f"{path}:{line} imports {imported}"
+        if top == "fastops" and imported not in {"fastops", "fastops.__version__", "fastops.KernelUnavailable"}:
+            assert floor_of(imported) <= floor_of(module), f"{path}:{line}: {module} must not import {imported}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastops").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_kernels_and_inspection_import_triton_at_the_top(path):
+    if path.is_relative_to(ROOT / "fastops" / "kernels"):
+        return
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        assert not any(name.split(".")[0] == "triton" for name in names), f"{path}:{node.lineno} imports triton"
+
+
+def run(code: str, **environment: str) -> str:
+    import os
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_touches_neither_triton_nor_cuda():
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastops; new = set(sys.modules) - before;"
+        "late = {'triton', 'rich', 'transformers', 'matplotlib'};"
+        "assert not late & {m.split('.')[0] for m in new}, late & new;"
+        "assert not torch.cuda.is_initialized()"
+    )
+    run(code)
+
+
+WITHOUT_TRITON = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] == "triton" else find(name, package)
+sys.meta_path.insert(0, Block())
+import torch, fastops
+"""
+
+
+def test_without_triton_everything_is_stock_and_explicit_choices_say_why():
+    code = (
+        WITHOUT_TRITON
+        + """
+import torch.nn.functional as F
+x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+assert torch.equal(fastops.conv2d_relu(x, w), F.relu(F.conv2d(x, w)))
+q = torch.randn(1, 2, 5, 8)
+assert torch.allclose(fastops.scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
+lstm = fastops.nn.LSTM(4, 6)
+assert torch.equal(lstm(torch.randn(3, 2, 4))[0].isfinite(), torch.ones(3, 2, 6, dtype=torch.bool))
+for call in (lambda: fastops.conv2d_relu(x, w, impl="triton"),
+             lambda: fastops.scaled_dot_product_attention(q, q, q, impl="triton")):
+    try:
+        call()
+    except fastops.KernelUnavailable as error:
+        assert "triton" in str(error), error
+    else:
+        raise AssertionError("an explicit choice fell back silently")
+print("ok")
+"""
+    )
+    assert run(code, TRITON_INTERPRET="0").strip() == "ok"
+
+
+def test_flop_formulas_register_whenever_the_counter_is_imported():
+    for code in ("import fastops, torch.utils.flop_counter as c", "import torch.utils.flop_counter as c, fastops"):
+        out = run(code + "; print(sum('fastops' in str(op) for op in c.flop_registry))")
+        assert int(out) > 0
+
+
+def test_env_command():
+    facts = json.loads(run("import sys; from fastops.__main__ import main; sys.exit(main(['env', '--json']))"))
+    assert facts["torch"]
+    assert {"op", "example", "engine", "why"} <= set(facts["engines"][0])
+    table = run("import sys; from fastops.__main__ import main; sys.exit(main(['env']))", COLUMNS="160")
+    assert "import_ms" in table
+    assert "conv2d_relu" in table
+
+
+def test_pre_commit_runs_the_pinned_versions():
+    pinned = dict(re.findall(r"^([a-z-]+)==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M))
+    hooks = dict(
+        re.findall(r"/(ruff|mirrors-mypy).*\n\s+rev: v([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    )
+    assert hooks["ruff"] == pinned["ruff"]
+    assert hooks["mirrors-mypy"] == pinned["mypy"]
+
+
+def test_public_names_are_few_and_documented():
+    import fastops
+
+    assert len(fastops.__all__) <= 25
+    for name in fastops.__all__:
+        value = getattr(fastops, name)
+        assert name == "__version__" or (value.__doc__ or "").strip(), f"fastops.{name} has no docstring"
