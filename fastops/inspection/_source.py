@@ -1,0 +1,87 @@
+"""How a kernel is named to another process, and what its machine code depends on."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+
+def function_of(kernel: Any) -> Any:
+    """The Python function under `@triton.jit`, `@triton.autotune` and `@triton.heuristics`."""
+    while not inspect.isfunction(kernel):
+        if not hasattr(kernel, "fn"):
+            raise TypeError(f"expected a function decorated with @triton.jit, got {kernel!r}")
+        kernel = kernel.fn
+    return kernel
+
+
+def is_kernel(value: Any) -> bool:
+    """Whether it is something `@triton.jit` and its companions made."""
+    return type(value).__module__.startswith("triton.") and hasattr(value, "fn")
+
+
+def address(kernel: Any) -> dict[str, str | None]:
+    """Module, file and name under which another process finds the kernel."""
+    function = function_of(kernel)
+    if "<locals>" in function.__qualname__:
+        raise ValueError(f"kernel {function.__qualname__} is defined inside a function; define it at module level")
+    return {
+        "module": function.__module__,
+        "file": inspect.getsourcefile(function),
+        "name": function.__qualname__,
+    }
+
+
+def encode(name: str, value: Any) -> Any:
+    """A constexpr value as JSON: numbers, strings, tuples, Triton dtypes and jit functions."""
+    if type(value).__name__ == "constexpr":
+        value = value.value
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return {"tuple": [encode(name, item) for item in value]}
+    if is_kernel(value):
+        return {"jit": address(value)}
+    if type(value).__module__.startswith("triton.language") and type(value).__name__ == "dtype":
+        return {"dtype": str(value)}
+    raise TypeError(f"constexpr {name}={value!r}: expected a number, string, tuple, Triton dtype or jit function")
+
+
+def digest(kernel: Any, constexprs: Mapping[str, Any]) -> str:
+    """Hash of the source of a kernel, of every jit function it calls and of every global it reads."""
+    found: dict[str, str] = {}
+    for root in [kernel, *(value for value in constexprs.values() if is_kernel(value))]:
+        _collect(function_of(root), found)
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
+
+
+def _collect(function: Any, found: dict[str, str]) -> None:
+    name = f"{function.__module__}.{function.__qualname__}"
+    if name in found:
+        return
+    found[name] = source = textwrap.dedent(inspect.getsource(function))
+    scope = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+    for node in ast.walk(ast.parse(source)):
+        value = _resolve(node, scope)
+        if is_kernel(value):
+            called = function_of(value)
+            if not called.__module__.startswith("triton."):  # its version stands for Triton's own library
+                _collect(called, found)
+        elif type(value).__name__ == "constexpr":
+            found[f"{name}:{ast.unparse(node)}"] = repr(value.value)
+        elif isinstance(value, bool | int | float | str | tuple):
+            found[f"{name}:{ast.unparse(node)}"] = repr(value)
+
+
+def _resolve(node: ast.AST, scope: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Name):
+        return scope.get(node.id)
+    if isinstance(node, ast.Attribute):
+        owner = _resolve(node.value, scope)
+        return getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
+    return None

@@ -1,0 +1,81 @@
+"""Compiling for GPUs that are not here: what the reports say of kernels whose machine code is known."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from fastops.inspection import InspectionError, KernelReport, compile_case, compile_cases
+from fastops.kernels._static import StaticCase
+
+
+@triton.jit
+def product_kernel(a_ptr, b_ptr, c_ptr, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PREC: tl.constexpr):
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
+    rn = tl.program_id(1) * BN + tl.arange(0, BN)
+    rk = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        a = tl.load(a_ptr + rm[:, None] * K + (k + rk)[None, :])
+        b = tl.load(b_ptr + (k + rk)[:, None] * N + rn[None, :])
+        acc = tl.dot(a, b, acc, input_precision=PREC)
+    tl.store(c_ptr + rm[:, None] * N + rn[None, :], acc.to(c_ptr.dtype.element_ty))
+
+
+def product(BM=128, BN=128, BK=64, PREC="ieee", dtype="fp16", num_warps=8, **fields):
+    pointers = ("a_ptr", "b_ptr", "c_ptr")
+    return StaticCase(
+        name=f"test.product[{BM}x{BN}x{BK},{dtype}]",
+        kernel=product_kernel,
+        signature=dict.fromkeys(pointers, f"*{dtype}") | {"N": "i32", "K": "i32"},
+        constexprs={"BM": BM, "BN": BN, "BK": BK, "PREC": PREC},
+        num_warps=num_warps,
+        divisible_by_16=(*pointers, "N", "K"),
+        **fields,
+    )
+
+
+@pytest.mark.parametrize(("target", "kind"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCMMA")])
+def test_tensor_core_kind_and_main_loop(target, kind):
+    report = compile_case(product(), target)
+    assert report.error is None
+    assert report.tensor_core == kind
+    assert not report.spills
+    assert report.stack_bytes == 0
+    assert report.num_warps == 8
+    assert report.shared_bytes >= 64 * 1024
+    assert report.main_loop is not None
+    assert report.main_loop.tensor_operations == {80: 64, 90: 4, 100: 4}[target]
+    assert report.async_copies["LDGSTS"] > 0
+    assert f"sm_{target}" in report.ptx
+    assert "Function : product_kernel" in report.sass
+
+
+def test_a_second_process_would_read_the_cache():
+    first = compile_case(product(), 90)
+    assert compile_case(product(), 90) == first
+    assert KernelReport.from_json(first.to_json()) == first
+
+
+def test_a_case_that_does_not_compile_says_why():
+    report = compile_case(product(BK=48), 90)  # tl.arange needs a power of two
+    assert report.error is not None
+    assert "power of 2" in report.error
+    with pytest.raises(ValueError, match="does not compile"):
+        _ = report.sass
+
+
+def test_names_of_arguments_are_checked():
+    case = product()
+    with pytest.raises(InspectionError, match="no argument FOO"):
+        compile_case(StaticCase("t", case.kernel, case.signature, {**case.constexprs, "FOO": 1}))
+    with pytest.raises(InspectionError, match=r"neither signature nor constexprs name PREC"):
+        compile_case(StaticCase("t", case.kernel, case.signature, {"BM": 16, "BN": 16, "BK": 16}))
+
+
+def test_reports_come_in_order_with_their_own_names():
+    cases = [product(), product(dtype="bf16")]
+    reports = compile_cases(cases, [90, 80], jobs=2)
+    assert [(r.name, r.target) for r in reports] == [(c.name, t) for c in cases for t in (90, 80)]
