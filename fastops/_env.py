@@ -81,7 +81,7 @@ def choose_impl(impl: str, allowed: tuple[str, ...]) -> str:
     return impl
 
 
-KNOWN_IMPLS = ("auto", "triton", "hybrid", "persistent", "step", "torch")
+KNOWN_IMPLS = ("auto", "triton", "hybrid", "persistent", "small", "step", "torch")
 
 
 def report() -> dict[str, object]:

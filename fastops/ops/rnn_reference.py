@@ -1,0 +1,161 @@
+"""What a recurrent layer means, in plain torch: the step formulas, the layer, and the layer through stock PyTorch.
+
+`reference` is a loop over time: oracle of the tests and source of second derivatives. `stock` calls the kernels PyTorch
+itself uses (cuDNN on a GPU), and adds per-row lengths to them without packing and without a host sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+# pushes a sigmoid to exactly 0 or 1 in every dtype, and is finite in fp16
+SHUT = 2.0e4
+
+
+def step(
+    mode: str, gates_x: Tensor, h: Tensor, c: Tensor | None, w_hh: Tensor, b_hh: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """One time step of torch's recurrent nets, after the input product `gates_x = x @ w_ih.T + b_ih`.
+
+    LSTM (gates i, f, g, o):  c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c')
+    GRU (gates r, z, n):      n = tanh(x_n + sigmoid(r) (h W_hn^T + b_hn)),  h' = (1 - sigmoid(z)) n + sigmoid(z) h
+    RNN:                      h' = tanh or relu of the sum
+    """
+    gates_h = F.linear(h, w_hh, b_hh)
+    if mode == "LSTM":
+        assert c is not None
+        i, f, g, o = (gates_x + gates_h).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+    if mode == "GRU":
+        x_r, x_z, x_n = gates_x.chunk(3, -1)
+        h_r, h_z, h_n = gates_h.chunk(3, -1)
+        z = (x_z + h_z).sigmoid()
+        n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
+        return (1 - z) * n + z * h, None
+    total = gates_x + gates_h
+    return (total.tanh() if mode == "RNN_TANH" else total.relu()), None
+
+
+def reference(
+    mode: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Weights],
+    lengths: Tensor | None = None,
+    batch_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`recurrent_layer` as a loop over time; see there for the arguments."""
+    x = input.transpose(0, 1) if batch_first else input
+    steps, batch, _ = x.shape
+    hidden = weights[0][1].shape[1]
+    if lengths is not None:
+        # what is in the padding, NaN included, must reach neither results nor gradients
+        x = x.masked_fill(_padding(lengths, steps).unsqueeze(-1), 0)
+    outputs, last_h, last_c = [], [], []
+    for direction, (w_ih, w_hh, b_ih, b_hh) in enumerate(weights):
+        h = x.new_zeros(batch, hidden) if h0 is None else h0[direction]
+        c = None
+        if mode == "LSTM":
+            c = x.new_zeros(batch, hidden) if c0 is None else c0[direction]
+        gates_x = F.linear(x, w_ih, b_ih)
+        rows: list[Tensor] = [h] * steps
+        for t in reversed(range(steps)) if direction else range(steps):
+            next_h, next_c = step(mode, gates_x[t], h, c, w_hh, b_hh)
+            if lengths is None:
+                h, c, rows[t] = next_h, next_c, next_h
+                continue
+            running = (t < lengths).unsqueeze(-1)
+            h = torch.where(running, next_h, h)
+            c = None if c is None or next_c is None else torch.where(running, next_c, c)
+            rows[t] = torch.where(running, next_h, torch.zeros_like(next_h))
+        outputs.append(torch.stack(rows))
+        last_h.append(h)
+        last_c.append(c)
+    output = torch.cat(outputs, -1)
+    c_n = torch.stack([c for c in last_c if c is not None]) if mode == "LSTM" else None
+    return output.transpose(0, 1) if batch_first else output, torch.stack(last_h), c_n
+
+
+def stock(
+    mode: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Weights],
+    lengths: Tensor | None = None,
+    batch_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`recurrent_layer` through torch.lstm, torch.gru or torch.rnn_*, which run cuDNN on a GPU.
+
+    Rows of different lengths need no packing: a reverse direction reads each row reversed within its length, outputs
+    past the end are zeroed, h_n is picked from the output, and for c_n an extra input column, 1 in the padding, shuts
+    the input gate and opens the forget gate, so that the cell state passes through the padding unchanged.
+    """
+    if lengths is not None:
+        return _stock_ragged(mode, input, h0, c0, weights, lengths, batch_first)
+    batch = input.shape[0 if batch_first else 1]
+    shape = (len(weights), batch, weights[0][1].shape[1])
+    h0 = input.new_zeros(shape) if h0 is None else h0
+    c0 = input.new_zeros(shape) if c0 is None else c0
+    flat = [w for direction in weights for w in direction if w is not None]
+    has_bias = weights[0][2] is not None
+    options = (has_bias, 1, 0.0, False, len(weights) == 2, batch_first)
+    if mode == "LSTM":
+        return torch.lstm(input, (h0, c0), flat, *options)
+    function = {"GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}[mode]
+    output, h_n = function(input, h0, flat, *options)
+    return output, h_n, None
+
+
+def _stock_ragged(
+    mode: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Weights],
+    lengths: Tensor,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x = input.transpose(0, 1) if batch_first else input
+    steps, batch, _ = x.shape
+    hidden = weights[0][1].shape[1]
+    lengths = lengths.to(torch.int64)
+    padding = _padding(lengths, steps).unsqueeze(-1)
+    x = x.masked_fill(padding, 0)
+    time = torch.arange(steps, device=x.device).unsqueeze(-1)
+    mirror = torch.where(time < lengths, lengths - 1 - time, time).unsqueeze(-1)
+    last = (lengths - 1).clamp(min=0).view(1, batch, 1).expand(1, batch, hidden)
+    outputs, last_h, last_c = [], [], []
+    for direction, (w_ih, w_hh, b_ih, b_hh) in enumerate(weights):
+        own_x = x.gather(0, mirror.expand_as(x)) if direction else x
+        if mode == "LSTM":
+            shut = w_ih.new_zeros(4, hidden)
+            shut[0], shut[1] = -SHUT, SHUT
+            own_x = torch.cat([own_x, padding.to(x.dtype)], -1)
+            w_ih = torch.cat([w_ih, shut.view(-1, 1)], -1)
+        own_h0 = None if h0 is None else h0[direction : direction + 1]
+        own_c0 = None if c0 is None else c0[direction : direction + 1]
+        y, _, c_n = stock(mode, own_x, own_h0, own_c0, [(w_ih, w_hh, b_ih, b_hh)])
+        h_n = y.gather(0, last)
+        start = y.new_zeros(1, batch, hidden) if own_h0 is None else own_h0.to(y.dtype)
+        last_h.append(torch.where((lengths > 0).view(1, batch, 1), h_n, start))
+        last_c.append(c_n)
+        y = y.gather(0, mirror.expand_as(y)) if direction else y
+        outputs.append(y.masked_fill(padding, 0))
+    output = torch.cat(outputs, -1)
+    c_n = torch.cat([c for c in last_c if c is not None]) if mode == "LSTM" else None
+    return output.transpose(0, 1) if batch_first else output, torch.cat(last_h), c_n
+
+
+def _padding(lengths: Tensor, steps: int) -> Tensor:
+    """(T, B), True where a row has ended."""
+    return torch.arange(steps, device=lengths.device).unsqueeze(-1) >= lengths
