@@ -5,7 +5,8 @@ Importing it imports neither triton nor CUDA. See README.md for what it offers a
 
 from fastops import nn
 from fastops._env import KernelUnavailable
+from fastops.ops.attention import scaled_dot_product_attention, varlen_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["KernelUnavailable", "__version__", "nn"]
+__all__ = ["KernelUnavailable", "__version__", "nn", "scaled_dot_product_attention", "varlen_attention"]

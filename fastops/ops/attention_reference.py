@@ -1,0 +1,316 @@
+"""Attention in plain torch: the formula with every option, and the best call of stock PyTorch for it.
+
+`reference` is the formula of fastops.ops.attention in a few lines of torch. `stock` computes the same through
+`torch.nn.functional.scaled_dot_product_attention`, and through `reference` for what that has no argument for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything about one attention that is not a tensor.
+
+    Query i sees key j where i + shift - left <= j <= i + shift + right; -1 stands for no bound.
+    """
+
+    scale: float
+    left: int = -1
+    right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    options: Options,
+    *,
+    key_lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    keep: Tensor | None = None,
+    shift: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of (..., H, S, D) tensors, accumulated in fp32 or wider.
+
+    Rows without a visible key give 0, LSE -inf and zero gradients. `keep` is the dropout mask to use; without it, torch
+    draws one. Keys past `key_lengths` are never read as numbers: NaN there does not spread.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    q, k, v = query.to(wide), key.to(wide), value.to(wide)
+    if key_lengths is not None:
+        dead = past(key_lengths, key.shape[-2])[..., None, :, None]
+        k, v = k.masked_fill(dead, 0.0), v.masked_fill(dead, 0.0)
+    if k.shape[-3] != q.shape[-3] and k.shape[-3] != 1:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    if v.shape[-3] != q.shape[-3] and v.shape[-3] != 1:
+        v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
+    scores = q @ k.mT * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if alibi_slopes is not None:
+        scores = scores + alibi_bias(alibi_slopes.to(wide), query.shape[-2], key.shape[-2], shift)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask
+    visible = visible_keys(query.shape[-2], key.shape[-2], query.device, options, key_lengths, query_lengths, shift)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        visible = attn_mask if visible is None else attn_mask & visible
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    if scores.shape[-1] == 0:
+        row_max = scores.new_zeros((*scores.shape[:-1], 1))
+    else:
+        row_max = scores.detach().amax(-1, keepdim=True)
+        row_max = row_max.masked_fill(row_max == float("-inf"), 0.0)
+    weights = torch.exp(scores - row_max)
+    total = weights.sum(-1, keepdim=True)
+    dead_rows = total == 0
+    safe_total = total.masked_fill(dead_rows, 1.0)
+    probability = weights / safe_total
+    if keep is not None:
+        probability = probability * keep * (1.0 / (1.0 - options.dropout_p) if options.dropout_p < 1 else 0.0)
+    elif options.dropout_p:
+        probability = F.dropout(probability, options.dropout_p)
+    lse = (row_max + torch.log(safe_total)).masked_fill(dead_rows, float("-inf")).squeeze(-1)
+    return (probability @ v).to(query.dtype), lse.to(torch.float32 if wide == torch.float32 else wide)
+
+
+def past(lengths: Tensor, size: int) -> Tensor:
+    """True (..., size) at positions at or past the length."""
+    return torch.arange(size, device=lengths.device) >= lengths[..., None]
+
+
+def visible_keys(
+    q_len: int,
+    k_len: int,
+    device: torch.device,
+    options: Options,
+    key_lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    shift: int = 0,
+) -> Tensor | None:
+    """True where a query may see a key, broadcastable to (..., H, Sq, Sk); None where nothing is hidden."""
+    visible = None
+    if options.left >= 0 or options.right >= 0:
+        distance = torch.arange(k_len, device=device) - torch.arange(q_len, device=device)[:, None] - shift
+        visible = torch.ones_like(distance, dtype=torch.bool)
+        if options.left >= 0:
+            visible &= distance >= -options.left
+        if options.right >= 0:
+            visible &= distance <= options.right
+    if key_lengths is not None:
+        alive = ~past(key_lengths, k_len)[..., None, None, :]
+        visible = alive if visible is None else visible & alive
+    if query_lengths is not None:
+        alive = ~past(query_lengths, q_len)[..., None, :, None]
+        visible = alive if visible is None else visible & alive
+    return visible
+
+
+def alibi_bias(slopes: Tensor, q_len: int, k_len: int, shift: int = 0) -> Tensor:
+    """-slope |i + shift - j|, of shape (..., H, Sq, Sk)."""
+    rows = torch.arange(q_len, device=slopes.device)[:, None] + shift
+    return -slopes[..., None, None] * (rows - torch.arange(k_len, device=slopes.device)).abs()
+
+
+def stock(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    options: Options,
+    *,
+    key_lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    shift: int = 0,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Output, and LSE where asked for, by what stock PyTorch does best."""
+    if options.softcap or return_lse:
+        return reference(
+            query,
+            key,
+            value,
+            attn_mask,
+            options,
+            key_lengths=key_lengths,
+            query_lengths=query_lengths,
+            alibi_slopes=alibi_slopes,
+            shift=shift,
+        )
+    causal = options.right == 0 and options.left < 0 and shift == 0 and attn_mask is None and alibi_slopes is None
+    lengths_given = key_lengths is not None or query_lengths is not None
+    can_slice = lengths_given and query.dim() == 4 and query.device.type == "cpu" and not torch.compiler.is_compiling()
+    if can_slice and (key_lengths is None or key_lengths.device.type == "cpu"):
+        out = _sliced(query, key, value, attn_mask, options, key_lengths, query_lengths, alibi_slopes, enable_gqa)
+        if out is not None:
+            return out, None
+    if key_lengths is not None:
+        # 0 x NaN is NaN: what lies past a length must not be read as a number
+        dead = past(key_lengths, key.shape[-2])[..., None, :, None]
+        key, value = key.masked_fill(dead, 0.0), value.masked_fill(dead, 0.0)
+    if causal and not lengths_given:
+        return _sdpa(query, key, value, None, options, True, enable_gqa), None
+    mask = visible_keys(query.shape[-2], key.shape[-2], query.device, options, key_lengths, query_lengths, shift)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        mask = attn_mask if mask is None else attn_mask & mask
+    bias = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
+    if alibi_slopes is not None:
+        alibi = alibi_bias(alibi_slopes.to(query.dtype), query.shape[-2], key.shape[-2], shift)
+        bias = alibi if bias is None else bias + alibi
+    if bias is not None:
+        mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
+    return _sdpa(query, key, value, mask, options, False, enable_gqa), None
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options, is_causal: bool, enable_gqa: bool
+) -> Tensor:
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            # cuDNN reads an fp32 mask beside fp16 queries as fp16 bits in some releases
+            mask = mask.to(query.dtype)
+        if mask.dim() < 2:
+            mask = mask.expand(query.shape[-2], key.shape[-2])
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        mask,
+        options.dropout_p,
+        is_causal,
+        scale=options.scale,
+        enable_gqa=enable_gqa,
+    )
+    if mask is not None and query.device.type != "cpu":
+        # cuDNN gives such rows the mean of the values
+        alive = mask if mask.dtype == torch.bool else mask > float("-inf")
+        out = out.masked_fill(~alive.any(-1, keepdim=True), 0.0)
+    return out
+
+
+def _sliced(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    options: Options,
+    key_lengths: Tensor | None,
+    query_lengths: Tensor | None,
+    alibi_slopes: Tensor | None,
+    enable_gqa: bool,
+) -> Tensor | None:
+    """One call per run of equal lengths, on the keys and queries that exist; None where there is none at all."""
+    batch, _, q_len, _ = query.shape
+    k_len = key.shape[-2]
+
+    def sizes(lengths: Tensor | None, full: int) -> list[int]:
+        return [full] * batch if lengths is None else lengths.clamp(0, full).tolist()
+
+    pairs = list(zip(sizes(query_lengths, q_len), sizes(key_lengths, k_len), strict=True))
+    if key.shape[0] != batch or value.shape[0] != batch or not any(a and b for a, b in pairs):
+        return None
+    if attn_mask is not None:
+        while attn_mask.dim() < 4:
+            attn_mask = attn_mask[None]
+        attn_mask = attn_mask.expand(batch, -1, -1, -1)
+    parts = []
+    start = 0
+    while start < batch:
+        stop = start + 1
+        while stop < batch and pairs[stop] == pairs[start]:
+            stop += 1
+        rows, keys = pairs[start]
+        here = slice(start, stop)
+        if rows == 0 or keys == 0:
+            part = query.new_zeros((stop - start, query.shape[1], q_len, value.shape[-1]))
+        else:
+            mask = None
+            if attn_mask is not None:
+                mask = attn_mask[here]
+                mask = mask if mask.shape[-2] == 1 else mask[..., :rows, :]
+                mask = mask if mask.shape[-1] == 1 else mask[..., :keys]
+            slopes = alibi_slopes
+            if slopes is not None and slopes.dim() > 1:
+                slopes = slopes[here] if slopes.shape[0] > 1 else slopes
+            part, _ = stock(
+                query[here, :, :rows],
+                key[here, :, :keys],
+                value[here, :, :keys],
+                mask,
+                options,
+                alibi_slopes=slopes,
+                enable_gqa=enable_gqa,
+            )
+            if rows < q_len:
+                part = F.pad(part, (0, 0, 0, q_len - rows))
+        parts.append(part)
+        start = stop
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: Options,
+    *,
+    alibi_slopes: Tensor | None = None,
+    keeps: list[Tensor] | None = None,
+    return_lse: bool = False,
+    exact: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of packed (total, H, D) sequences, one call of stock PyTorch each; `exact` means `reference`.
+
+    Positions are aligned at the ends of a sequence's queries and keys. Reads the offsets on the host.
+    """
+    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs, lses = [query.new_zeros((0, query.shape[1], value.shape[-1]))], []
+    for i in range(len(ends_q) - 1):
+        q = query[ends_q[i] : ends_q[i + 1]].transpose(0, 1)
+        k = key[ends_k[i] : ends_k[i + 1]].transpose(0, 1)
+        v = value[ends_k[i] : ends_k[i + 1]].transpose(0, 1)
+        slopes = alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.dim() > 1 else alibi_slopes
+        shift = k.shape[1] - q.shape[1]
+        lse: Tensor | None
+        if exact:
+            out, lse = reference(
+                q, k, v, None, options, alibi_slopes=slopes, keep=keeps[i] if keeps else None, shift=shift
+            )
+        else:
+            out, lse = stock(
+                q[None],
+                k[None],
+                v[None],
+                None,
+                options,
+                alibi_slopes=slopes,
+                shift=shift,
+                enable_gqa=q.shape[0] != k.shape[0],
+                return_lse=return_lse,
+            )
+            out, lse = out[0], None if lse is None else lse[0]
+        outs.append(out.transpose(0, 1))
+        if lse is not None:
+            lses.append(lse.transpose(0, 1))
+    covered = ends_q[-1] if ends_q else 0
+    if covered < query.shape[0]:
+        outs.append(query.new_zeros((query.shape[0] - covered, *outs[0].shape[1:])))
+        if lses:
+            lses.append(lses[0].new_full((query.shape[0] - covered, query.shape[1]), float("-inf")))
+    if (return_lse or exact) and not lses:
+        lses.append(query.new_zeros((query.shape[0], query.shape[1]), dtype=torch.float32))
+    return torch.cat(outs), torch.cat(lses) if lses else None
