@@ -6,7 +6,18 @@ Importing it imports neither triton nor CUDA. See README.md for what it offers a
 from fastops import nn
 from fastops._env import KernelUnavailable
 from fastops.ops.attention import scaled_dot_product_attention, varlen_attention
+from fastops.ops.rnn_cell import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
 __version__ = "0.1.0"
 
-__all__ = ["KernelUnavailable", "__version__", "nn", "scaled_dot_product_attention", "varlen_attention"]
+__all__ = [
+    "KernelUnavailable",
+    "__version__",
+    "gru_cell",
+    "lstm_cell",
+    "nn",
+    "rnn_relu_cell",
+    "rnn_tanh_cell",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

@@ -1,1 +1,15 @@
 """Modules that subclass torch.nn and override only forward: same constructor, same state_dict."""
+
+from fastops.nn.attention import MultiheadAttention
+from fastops.nn.rnn_cell import GRUCell, LSTMCell, RNNCell
+from fastops.nn.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
+
+__all__ = [
+    "GRUCell",
+    "LSTMCell",
+    "MultiheadAttention",
+    "RNNCell",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

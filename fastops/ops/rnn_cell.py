@@ -1,0 +1,385 @@
+"""One step of an LSTM, GRU or vanilla recurrent net: torch.lstm_cell and its kin with one fused pointwise kernel.
+
+    LSTM   i, f, g, o = W_ih x + b_ih + W_hh h + b_hh
+           c' = sigmoid(f) c + sigmoid(i) tanh(g)            h' = sigmoid(o) tanh(c')
+    GRU    r, z = sigmoid(W_i(rz) x + b_i(rz) + W_h(rz) h + b_h(rz))
+           n = tanh(W_in x + b_in + r (W_hn h + b_hn))       h' = (1 - z) n + z h
+    RNN    h' = tanh or relu of W_ih x + b_ih + W_hh h + b_hh
+
+Shapes: x (B, I), h and c (B, H), w_ih (G*H, I), w_hh (G*H, H), biases (G*H), with G = 4, 3, 1.
+dtypes: fp16, bf16, fp32, all arguments alike; under CUDA autocast all are cast to its dtype, as torch does for these
+functions. The products are torch's (cuBLAS, TF32 where `torch.backends.cuda.matmul` allows it); the rest is fp32.
+Error bound: at most twice that of torch's own cell in the same dtype.
+
+References: Hochreiter & Schmidhuber 1997; Cho et al. 2014 (arXiv 1406.1078), in the variant of torch.nn.GRUCell.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastops import _env, _library, tuning
+
+__all__ = ["gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"]
+
+ENGINES = ("auto", "triton", "torch")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+GATES = {"lstm_cell": 4, "gru_cell": 3, "rnn_tanh_cell": 1, "rnn_relu_cell": 1}
+STOCK: dict[str, Any] = {
+    "lstm_cell": torch.lstm_cell,
+    "gru_cell": torch.gru_cell,
+    "rnn_tanh_cell": torch.rnn_tanh_cell,
+    "rnn_relu_cell": torch.rnn_relu_cell,
+}
+ROWS = tuning.load("rnn_cell")
+
+
+def _sum(product: Tensor, bias: Tensor | None) -> Tensor:
+    return product if bias is None else product + bias
+
+
+def lstm_reference(
+    product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """New h and c from the two products."""
+    i, f, g, o = (_sum(product_x, b_ih) + _sum(product_h, b_hh)).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def gru_reference(product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h: Tensor) -> Tensor:
+    """New h from the two products."""
+    x_r, x_z, x_n = _sum(product_x, b_ih).chunk(3, -1)
+    h_r, h_z, h_n = _sum(product_h, b_hh).chunk(3, -1)
+    n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
+    return n + (x_z + h_z).sigmoid() * (h - n)
+
+
+def rnn_reference(product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, tanh: bool) -> Tensor:
+    """New h from the two products."""
+    total = _sum(product_x, b_ih) + _sum(product_h, b_hh)
+    return total.tanh() if tanh else total.relu()
+
+
+def why_not(input: Tensor) -> str | None:
+    """Why the kernels cannot run on tensors like these, or None where they can."""
+    if input.dtype not in DTYPES:
+        return f"the kernels compute fp16, bf16 and fp32, the tensors are {input.dtype}"
+    return _env.why_no_triton(input.device)
+
+
+def _lstm_forward_fake(
+    product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, hidden = c.shape
+    return c.new_empty((batch, hidden)), c.new_empty((batch, hidden)), c.new_empty((batch, 4 * hidden))
+
+
+def _lstm_backward_fake(
+    grad_h: Tensor | None, grad_c: Tensor | None, c: Tensor, c_out: Tensor, gates: Tensor
+) -> tuple[Tensor, Tensor]:
+    batch, hidden = c.shape
+    return c.new_empty((batch, 4 * hidden)), c.new_empty((batch, hidden))
+
+
+def _gru_forward_fake(
+    product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h: Tensor
+) -> tuple[Tensor, Tensor]:
+    batch, hidden = h.shape
+    return h.new_empty((batch, hidden)), h.new_empty((batch, 4 * hidden))
+
+
+def _gru_backward_fake(grad: Tensor, h: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, hidden = h.shape
+    grad_x, grad_h = h.new_empty((batch, 3 * hidden)), h.new_empty((batch, 3 * hidden))
+    return grad_x, grad_h, h.new_empty((batch, hidden))
+
+
+def _rnn_forward_fake(
+    product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, tanh: bool
+) -> Tensor:
+    return product_x.new_empty(product_x.shape)
+
+
+def _rnn_backward_fake(grad: Tensor, h_out: Tensor, tanh: bool) -> Tensor:
+    return h_out.new_empty(h_out.shape)
+
+
+KERNELS = "fastops.kernels.rnn_cell:"
+_PRODUCTS = "Tensor product_x, Tensor product_h, Tensor? b_ih, Tensor? b_hh"
+_lstm_forward = _library.define(
+    "lstm_cell_forward",
+    f"({_PRODUCTS}, Tensor c) -> (Tensor, Tensor, Tensor)",
+    KERNELS + "lstm_cell_forward",
+    _lstm_forward_fake,
+)
+_lstm_backward = _library.define(
+    "lstm_cell_backward",
+    "(Tensor? grad_h, Tensor? grad_c, Tensor c, Tensor c_out, Tensor gates) -> (Tensor, Tensor)",
+    KERNELS + "lstm_cell_backward",
+    _lstm_backward_fake,
+)
+_gru_forward = _library.define(
+    "gru_cell_forward", f"({_PRODUCTS}, Tensor h) -> (Tensor, Tensor)", KERNELS + "gru_cell_forward", _gru_forward_fake
+)
+_gru_backward = _library.define(
+    "gru_cell_backward",
+    "(Tensor grad, Tensor h, Tensor gates) -> (Tensor, Tensor, Tensor)",
+    KERNELS + "gru_cell_backward",
+    _gru_backward_fake,
+)
+_rnn_forward = _library.define(
+    "rnn_cell_forward", f"({_PRODUCTS}, bool tanh) -> Tensor", KERNELS + "rnn_cell_forward", _rnn_forward_fake
+)
+_rnn_backward = _library.define(
+    "rnn_cell_backward",
+    "(Tensor grad, Tensor h_out, bool tanh) -> Tensor",
+    KERNELS + "rnn_cell_backward",
+    _rnn_backward_fake,
+)
+
+
+def _bias_gradients(
+    grad_x: Tensor, grad_h: Tensor, needs_input_grad: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_b_ih = grad_x.sum(0) if needs_input_grad[2] else None
+    if not needs_input_grad[3]:
+        return grad_b_ih, None
+    # equal, and yet not one tensor: accumulation may write into it
+    return grad_b_ih, grad_h.sum(0) if grad_b_ih is None or grad_h is not grad_x else grad_b_ih.clone()
+
+
+class _LSTMCell(torch.autograd.Function):
+    @staticmethod
+    def forward(product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, c: Tensor) -> Any:
+        return _lstm_forward(product_x, product_h, b_ih, b_hh, c)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*inputs, output[1], output[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, _: Any) -> Any:
+        product_x, product_h, b_ih, b_hh, c, c_out, gates = ctx.saved_tensors
+        if _library.differentiable_again():
+            inputs = (product_x, product_h, b_ih, b_hh, c)
+            return _library.reference_gradients(lstm_reference, inputs, ctx.needs_input_grad, (grad_h, grad_c))
+        if grad_h is None and grad_c is None:
+            return None, None, None, None, None
+        grad_gates, grad_c_in = _lstm_backward(grad_h, grad_c, c, c_out, gates)
+        return grad_gates, grad_gates, *_bias_gradients(grad_gates, grad_gates, ctx.needs_input_grad), grad_c_in
+
+
+class _GRUCell(torch.autograd.Function):
+    @staticmethod
+    def forward(product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h: Tensor) -> Any:
+        return _gru_forward(product_x, product_h, b_ih, b_hh, h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        product_x, product_h, b_ih, b_hh, h, gates = ctx.saved_tensors
+        if _library.differentiable_again():
+            inputs = (product_x, product_h, b_ih, b_hh, h)
+            return _library.reference_gradients(gru_reference, inputs, ctx.needs_input_grad, grad)
+        grad_x, grad_h, grad_state = _gru_backward(grad, h, gates)
+        return grad_x, grad_h, *_bias_gradients(grad_x, grad_h, ctx.needs_input_grad), grad_state
+
+
+class _RNNCell(torch.autograd.Function):
+    @staticmethod
+    def forward(product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, tanh: bool) -> Any:
+        return _rnn_forward(product_x, product_h, b_ih, b_hh, tanh)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.tanh = inputs[4]
+        ctx.save_for_backward(*inputs[:4], output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        product_x, product_h, b_ih, b_hh, h_out = ctx.saved_tensors
+        if _library.differentiable_again():
+            again = functools.partial(rnn_reference, tanh=ctx.tanh)
+            inputs = (product_x, product_h, b_ih, b_hh)
+            return *_library.reference_gradients(again, inputs, ctx.needs_input_grad[:4], grad), None
+        grad_gate = _rnn_backward(grad, h_out, ctx.tanh)
+        return grad_gate, grad_gate, *_bias_gradients(grad_gate, grad_gate, ctx.needs_input_grad), None
+
+
+def _check(
+    name: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> None:
+    gates = GATES[name]
+    if input.dim() != 2:
+        raise RuntimeError(f"{name}: expected a 2-D input (batch, input_size), got {tuple(input.shape)}")
+    if w_ih.dim() != 2 or w_hh.dim() != 2:
+        raise RuntimeError(f"{name}: expected 2-D weights, got w_ih {tuple(w_ih.shape)} and w_hh {tuple(w_hh.shape)}")
+    if input.shape[1] != w_ih.shape[1]:
+        raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {w_ih.shape[1]}")
+    hidden = w_hh.shape[1]
+    for k, state in enumerate(states):
+        if state.dim() != 2:
+            raise RuntimeError(f"{name}: expected hidden{k} to be (batch, hidden_size), got {tuple(state.shape)}")
+        if state.shape[0] != input.shape[0]:
+            raise RuntimeError(f"Input batch size {input.shape[0]} doesn't match hidden{k} batch size {state.shape[0]}")
+        if state.shape[1] != hidden:
+            raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected {hidden}")
+    for what, weight in (("weight_ih", w_ih), ("weight_hh", w_hh)):
+        if weight.shape[0] != gates * hidden:
+            raise RuntimeError(
+                f"{what} first dim must be {gates} * hidden_size = {gates * hidden}, but got {weight.shape[0]}"
+            )
+    for what, bias in (("bias_ih", b_ih), ("bias_hh", b_hh)):
+        if bias is not None and bias.shape != (gates * hidden,):
+            raise RuntimeError(f"{what} must have shape ({gates * hidden},), but got {tuple(bias.shape)}")
+    others = {"hx": states[0], "cx": states[-1], "weight_ih": w_ih, "weight_hh": w_hh, "bias_ih": b_ih, "bias_hh": b_hh}
+    for what, tensor in others.items():
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise RuntimeError(f"{name}: input is {input.dtype}, {what} is {tensor.dtype}; they must be the same")
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(f"{name}: input is on {input.device}, {what} is on {tensor.device}")
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Arguments in the dtype of CUDA autocast, which lists torch's cells as lower precision; CPU autocast does not."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if device != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return tensors
+    dtype = torch.get_autocast_dtype("cuda")
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _engine(impl: str, input: Tensor) -> str:
+    engine = _env.choose_impl(impl, ENGINES)
+    if engine != "auto":
+        return engine
+    if input.device.type != "cuda" or why_not(input) is not None:
+        return "torch"
+    facts = {"dtype": str(input.dtype).removeprefix("torch."), "gpu": _env.device_name(_env.index_of(input.device))}
+    return tuning.choose(ROWS, facts).engine
+
+
+def _cell(
+    name: str,
+    impl: str,
+    input: Tensor,
+    hx: Any,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> Any:
+    if _engine(impl, input) == "torch":
+        return STOCK[name](input, hx, w_ih, w_hh, b_ih, b_hh)
+    states = hx if name == "lstm_cell" else (hx,)
+    if name == "lstm_cell" and (not isinstance(hx, tuple | list) or len(hx) != 2):
+        raise RuntimeError("lstm_cell expects two hidden states")
+    input, w_ih, w_hh, b_ih, b_hh, *states = _autocast(input, w_ih, w_hh, b_ih, b_hh, *states)
+    _check(name, input, states, w_ih, w_hh, b_ih, b_hh)
+    reason = why_not(input)
+    if reason is not None:
+        raise _env.KernelUnavailable(f"{name}(impl='triton'): {reason}")
+    product_x, product_h = F.linear(input, w_ih), F.linear(states[0], w_hh)
+    if name == "lstm_cell":
+        return _LSTMCell.apply(product_x, product_h, b_ih, b_hh, states[1])[:2]
+    if name == "gru_cell":
+        return _GRUCell.apply(product_x, product_h, b_ih, b_hh, states[0])[0]
+    return _RNNCell.apply(product_x, product_h, b_ih, b_hh, name == "rnn_tanh_cell")
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One LSTM step, as torch.lstm_cell: two matrix products and one fused kernel, forward and backward.
+
+    Args:
+        input: (B, I).
+        hx: (h, c), each (B, H).
+        w_ih: (4H, I), gates in the order i, f, g, o.
+        w_hh: (4H, H).
+        b_ih: (4H) or None.
+        b_hh: (4H) or None.
+        impl: "auto" (stock until a measurement says otherwise), "triton" or "torch".
+
+    Returns:
+        (h', c'), each (B, H).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit, as torch.lstm_cell.
+        KernelUnavailable: impl="triton" and the kernels cannot run on these tensors.
+    """
+    return _cell("lstm_cell", impl, input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """One GRU step, as torch.gru_cell; gates in the order r, z, n. Arguments and errors as `lstm_cell`, hx (B, H)."""
+    return _cell("gru_cell", impl, input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def rnn_tanh_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """One tanh RNN step, as torch.rnn_tanh_cell. Arguments and errors as `lstm_cell`, hx (B, H)."""
+    return _cell("rnn_tanh_cell", impl, input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def rnn_relu_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """One relu RNN step, as torch.rnn_relu_cell. Arguments and errors as `lstm_cell`, hx (B, H)."""
+    return _cell("rnn_relu_cell", impl, input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def explain_auto() -> list[dict[str, str]]:
+    """What "auto" runs for a typical step, for `fastops env`."""
+    row = tuning.choose(ROWS, {})
+    return [{"op": "lstm_cell", "example": "B=64 H=512 fp16", "engine": row.engine, "why": row.why}]
