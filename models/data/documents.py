@@ -22,6 +22,8 @@ PAD = 0
 ONE_IN = 5  # texts held out
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
+NO_TOKENIZERS = "WordPiece comes with tokenizers, which is not installed: pip install tokenizers"
+
 Labelled = list[tuple[str, str]]
 
 
@@ -32,9 +34,7 @@ class Tokenizer:
         try:
             from tokenizers import Tokenizer as Engine
         except ImportError as error:
-            raise DataError(
-                "WordPiece comes with tokenizers, which is not installed: pip install tokenizers"
-            ) from error
+            raise DataError(NO_TOKENIZERS) from error
         self._engine: Any = Engine.from_str(description)
 
     @classmethod
@@ -44,9 +44,7 @@ class Tokenizer:
             from tokenizers import Tokenizer as Engine
             from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
         except ImportError as error:
-            raise DataError(
-                "WordPiece comes with tokenizers, which is not installed: pip install tokenizers"
-            ) from error
+            raise DataError(NO_TOKENIZERS) from error
         texts = list(texts)
         normalizer = normalizers.BertNormalizer(lowercase=True)
         characters = sorted(set("".join(map(normalizer.normalize_str, texts))) - set(" \t\n\r"))
@@ -96,7 +94,7 @@ class Documents:
         return len(self.labels)
 
     def batch(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """{"tokens": (N, S) int64, "lengths": (N,) int64, "attention_mask": (N, S) int64 of 1 and 0, "target": (N,)}."""
+        """{"tokens": (N, S), "lengths": (N,), "attention_mask": (N, S) of 1 and 0, "target": (N,)}, all int64."""
         chosen = [self.tokens[index] for index in indices.tolist()]
         tokens = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=PAD).long()
         lengths = torch.tensor([len(sequence) for sequence in chosen])

@@ -51,7 +51,7 @@ def standard_library_files() -> list[tuple[str, Path]]:
 
 
 def standard_library(length: int, *, limit: int | None = None, train: bool = True) -> ByteWindows:
-    """The standard library as bytes; one file in ten is held out, whole. `limit` cuts the stream, to at most as many."""
+    """The standard library as bytes, cut to at most `limit` of them; one file in ten is held out, whole."""
     return ByteWindows(_stream(standard_library_files(), limit, train), length)
 
 
