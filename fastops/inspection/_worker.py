@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from fastops.inspection import _source, sass
-from fastops.inspection.report import KernelReport
+from fastops.inspection.gpus import RESERVED_SHARED_BYTES
+from fastops.inspection.report import LABELS, KernelReport
 
-# what the driver keeps for itself in each block; cuobjdump counts it as the kernel's from sm_90 on
-RESERVED_SHARED_BYTES = 1024
 _WARNING = re.compile(r"^.*\(C7\d{3}\).*$", re.MULTILINE)
+_SPILLS = re.compile(r"(\d+) bytes spill (?:stores|loads)")
+_BARRIERS = re.compile(r"used (\d+) barriers")
 _BLOCK = re.compile(r"^\.reqntid (\d+)", re.MULTILINE)
 
 
@@ -48,7 +49,7 @@ def serve(task: dict[str, Any]) -> dict[str, Any]:
         return {"failed": f"{type(error).__name__}: {error}"}
     import triton
 
-    identity = {name: task[name] for name in ("name", "target", "num_stages", "work_per_thread", "grid", "sample")}
+    identity = {name: task[name] for name in (*LABELS, "target", "num_stages")}
     try:
         report = compile_task(task, kernel, constexprs, identity | {"triton": triton.__version__})
     except Exception as error:
@@ -92,7 +93,7 @@ def compile_task(
         Path(f"{task['artifacts']}.{kind}.gz").write_bytes(gzip.compress(text.encode(), 5))
 
     registers, stack, static_shared = sass.resources(listing)
-    if task["target"] >= 90:
+    if task["target"] >= 90:  # cuobjdump counts what the driver reserves as the kernel's
         static_shared -= RESERVED_SHARED_BYTES
     functions = sass.parse(listing)
     instructions = Counter(instruction.root for function in functions for instruction in function)
@@ -107,6 +108,9 @@ def compile_task(
         shared_bytes=compiled.metadata.shared + max(0, static_shared),
         num_warps=int(threads.group(1)) // 32 if threads else compiled.metadata.num_warps,
         num_ctas=getattr(compiled.metadata, "num_ctas", 1),
+        spill_bytes=sum(int(count) for count in _SPILLS.findall(log.getvalue())),
+        barriers=sum(int(count) for count in _BARRIERS.findall(log.getvalue())),
+        tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         instructions=instructions,
         loops=loops,
         main_loop=sass.main_loop(loops),

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from fastops.inspection import _source
-from fastops.inspection.report import KernelReport
+from fastops.inspection.report import LABELS, KernelReport
 from fastops.kernels._static import StaticCase
 
-FORMAT = 1  # of a cached report; raise it when a figure is counted in another way
+FORMAT = 2  # of a cached report; raise it when a figure is counted in another way
 SECONDS_PER_KERNEL = 600.0
 
 
@@ -88,7 +89,7 @@ def triton_version() -> str:
 
 def _task(case: StaticCase, target: int) -> dict[str, Any]:
     """The case as JSON, with the key of its cache entry. Names that the kernel does not have are refused here."""
-    parameters = _parameters(case.kernel)
+    parameters = parameters_of(case.kernel)
     given = set(case.signature) | set(case.constexprs)
     what = f"case {case.name!r}"
     if unknown := sorted((given | set(case.divisible_by_16)) - set(parameters)):
@@ -115,12 +116,21 @@ def _task(case: StaticCase, target: int) -> dict[str, Any]:
         "target": target,
     }
     key = [FORMAT, triton_version(), kernel["module"], kernel["name"], digest, compiled_from, _compiler_settings()]
-    labels = {"name": case.name, "work_per_thread": case.work_per_thread, "grid": case.grid, "sample": case.sample}
+    labels = {name: getattr(case, name) for name in LABELS if name != "dtype"} | {"dtype": dtype_of(case)}
     hashed = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return compiled_from | labels | {"kernel": kernel, "digest": digest, "key": hashed}
 
 
-def _parameters(kernel: Any) -> list[str]:
+def dtype_of(case: StaticCase) -> str:
+    """Element type of the first pointer or descriptor among the arguments; "" where there is none."""
+    for kind in case.signature.values():
+        if match := re.match(r"(?:\*k?|tensordesc<)([a-z]+\d+\w*)", kind):
+            return match.group(1)
+    return ""
+
+
+def parameters_of(kernel: Any) -> list[str]:
+    """Names of the arguments of a kernel, in order."""
     import inspect
 
     try:
@@ -169,12 +179,7 @@ def _read(folder: Path, task: dict[str, Any]) -> KernelReport | None:
         return None
     if report.error is None and not all(path.with_suffix(suffix).exists() for suffix in (".sass.gz", ".ptx.gz")):
         return None
-    return _labelled(report, task)
-
-
-def _labelled(report: KernelReport, task: dict[str, Any]) -> KernelReport:
-    labels = ("name", "work_per_thread", "grid", "sample")
-    return replace(report, **{label: task[label] for label in labels})
+    return replace(report, **{label: task[label] for label in LABELS})
 
 
 def _cores() -> int:
@@ -227,7 +232,7 @@ def _compile_one(worker: _Worker, task: dict[str, Any], folder: Path, scratch: s
     reply = worker.ask(task | {"artifacts": artifacts})
     if "crashed" in reply:
         return KernelReport(
-            **{name: task[name] for name in ("name", "target", "num_stages", "work_per_thread", "grid", "sample")},
+            **{name: task[name] for name in (*LABELS, "target", "num_stages")},
             triton=triton_version(),
             error=reply["crashed"],
         )

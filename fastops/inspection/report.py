@@ -45,6 +45,9 @@ class KernelReport:
         num_warps: warps of a block as launched (warp specialisation adds some).
         num_stages: software pipeline depth asked for.
         num_ctas: blocks of a cluster.
+        spill_bytes: bytes that ptxas says it spills, stores and loads of a thread together.
+        barriers: named barriers of a block.
+        tensor_memory_columns: of a block, on GPUs with tcgen05.
         instructions: count by opcode over the whole kernel.
         loops: the innermost loops that use tensor cores; in a kernel without tensor cores, all innermost loops.
         main_loop: the one with the most tensor-core instructions, of equals the shortest; without tensor cores the
@@ -56,6 +59,9 @@ class KernelReport:
         work_per_thread: see StaticCase.
         grid: see StaticCase.
         sample: see StaticCase.
+        flops: see StaticCase.
+        bytes: see StaticCase.
+        dtype: of the first pointer or descriptor among the arguments.
         artifacts: path without suffix of the cached SASS and PTX.
     """
 
@@ -70,6 +76,9 @@ class KernelReport:
     num_warps: int = 0
     num_stages: int = 0
     num_ctas: int = 1
+    spill_bytes: int = 0
+    barriers: int = 0
+    tensor_memory_columns: int = 0
     instructions: Counter[str] = field(default_factory=Counter)
     loops: tuple[Loop, ...] = ()
     main_loop: Loop | None = None
@@ -80,6 +89,9 @@ class KernelReport:
     work_per_thread: float | None = None
     grid: int | None = None
     sample: str = ""
+    flops: float | None = None
+    bytes: float | None = None
+    dtype: str = ""
     artifacts: str = field(default="", repr=False, compare=False)
 
     @property
@@ -135,9 +147,12 @@ class KernelReport:
         )
 
 
+# what a case says about itself and no compiler changes
+LABELS = ("name", "work_per_thread", "grid", "sample", "flops", "bytes", "dtype")
 _PLAIN = (
-    *("name", "target", "triton", "registers", "stack_bytes", "local_loads", "local_stores", "shared_bytes"),
-    *("num_warps", "num_stages", "num_ctas", "tensor_core", "error", "work_per_thread", "grid", "sample"),
+    *LABELS,
+    *("target", "triton", "registers", "stack_bytes", "local_loads", "local_stores", "spill_bytes", "shared_bytes"),
+    *("num_warps", "num_stages", "num_ctas", "barriers", "tensor_memory_columns", "tensor_core", "error"),
 )
 
 

@@ -29,6 +29,8 @@ class StaticCase:
         targets: compute capabilities it is launched on.
         grid: programs for the sample shape that `sample` names, for waves and tail efficiency; None if unknown.
         sample: the sample shape in words.
+        flops: operations of the sample, a multiply-add counting as two, for the roofline floor; None if unknown.
+        bytes: the least bytes the sample must move to and from memory, likewise.
     """
 
     name: str
@@ -43,3 +45,5 @@ class StaticCase:
     targets: tuple[int, ...] = (80, 86, 90, 100)
     grid: int | None = None
     sample: str = ""
+    flops: float | None = None
+    bytes: float | None = None
