@@ -1,10 +1,13 @@
 """Modules that subclass torch.nn and override only forward: same constructor, same state_dict."""
 
 from fastops.nn.attention import MultiheadAttention
+from fastops.nn.conv import Conv2dReLU, Conv2dReLUMaxPool2d
 from fastops.nn.rnn_cell import GRUCell, LSTMCell, RNNCell
 from fastops.nn.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
+    "Conv2dReLU",
+    "Conv2dReLUMaxPool2d",
     "GRUCell",
     "LSTMCell",
     "MultiheadAttention",

@@ -1,0 +1,167 @@
+"""How the engines of conv2d_relu compute and are differentiated; arguments are checked by then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastops import _env, _library, tuning
+from fastops.ops import conv2d_arguments as arguments
+from fastops.ops import conv2d_contract as ops
+from fastops.ops.conv2d_arguments import Pool, Window
+from fastops.ops.conv2d_reference import reference
+
+TABLE = tuning.load("conv2d_relu")
+
+
+def device_facts(tensor: Tensor, direction: str) -> dict[str, Any]:
+    """What rows of the tuning table may ask of a tensor, in a pass: forward, input_grad or weight_grad."""
+    facts = {"pass": direction, "device": tensor.device.type, "dtype": str(tensor.dtype).removeprefix("torch.")}
+    if tensor.device.type == "cuda":
+        facts["gpu"] = _env.device_name(_env.index_of(tensor.device))
+    return facts
+
+
+def _convolution(
+    engine: str, input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution, and the bias that is still to be added: "triton" has added it, and ReLU, already."""
+    if engine == "triton":
+        return ops.conv2d_relu_forward(input, weight, bias, window.stride, window.padding, window.dilation), None
+    maps = torch.ops.aten.convolution.default(
+        input, weight, None, window.stride, window.padding, window.dilation, False, (0, 0), groups
+    )
+    return maps, bias
+
+
+def relu_maps(engine: str, input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
+    maps, bias = _convolution(engine, input, weight, bias, window, groups)
+    return maps if engine == "triton" else ops.bias_relu_forward(maps, bias)
+
+
+def pooled_maps(
+    engine: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    groups: int,
+    pool: Pool,
+    want_codes: bool,
+) -> tuple[Tensor, Tensor]:
+    maps, bias = _convolution(engine, input, weight, bias, window, groups)
+    return ops.bias_relu_pool_forward(maps, bias, *pool, want_codes)
+
+
+def _convolution_gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, window: Window, groups: int, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of input and weight, each by the engine that the tuning table names for it."""
+    found: list[Tensor | None] = [None, None]
+    stock = [False, False, False]
+    for index, direction in enumerate(("input_grad", "weight_grad")):
+        if not needs[index]:
+            continue
+        row = tuning.choose(TABLE, {**device_facts(grad, direction), "groups": groups})
+        if row.engine != "triton" or groups != 1 or _env.why_no_triton(grad.device) is not None:
+            stock[index] = True
+        elif direction == "input_grad":
+            found[0] = ops.conv2d_input_grad(grad, weight, input.shape[2:], *window[:3])
+        else:
+            found[1] = ops.conv2d_weight_grad(input, grad, weight.shape[2:], *window[:3])
+    if any(stock):
+        by_torch = torch.ops.aten.convolution_backward.default(
+            grad, input, weight, None, window.stride, window.padding, window.dilation, False, (0, 0), groups, stock
+        )
+        found = [by_torch[i] if stock[i] else found[i] for i in range(2)]
+    return found[0], found[1]
+
+
+def _reference_gradients(
+    window: Window,
+    groups: int,
+    pool: Pool | None,
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad: Tensor,
+) -> tuple[Tensor | None, ...]:
+    def stock(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return reference(input, weight, bias, window.stride, window.padding, window.dilation, groups, pool)
+
+    return _library.reference_gradients(stock, inputs, needs, grad)
+
+
+class Conv2dReLU(torch.autograd.Function):
+    """Differentiable conv2d_relu of an engine."""
+
+    @staticmethod
+    def forward(input: Any, weight: Any, bias: Any, window: Window, groups: int, engine: str) -> Tensor:
+        return relu_maps(engine, input, weight, bias, window, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, bias, ctx.window, ctx.groups, _ = inputs
+        ctx.save_for_backward(input, weight, bias, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        input, weight, bias, output = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if _library.differentiable_again():
+            again = _reference_gradients(ctx.window, ctx.groups, None, (input, weight, bias), needs, grad)
+            return *again, None, None, None
+        maps_grad, bias_grad = ops.bias_relu_backward(grad, output, needs[2])
+        gradients = _convolution_gradients(maps_grad, input, weight, ctx.window, ctx.groups, needs)
+        return *gradients, bias_grad if needs[2] else None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        """Batched by stock PyTorch, which knows how."""
+        window, groups, _ = args[3:]
+
+        def batch_of_one(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return reference(input, weight, bias, window.stride, window.padding, window.dilation, groups)
+
+        return torch.vmap(batch_of_one, in_dims[:3])(*args[:3]), 0
+
+
+class Conv2dReLUMaxPool2d(torch.autograd.Function):
+    """Differentiable conv2d_relu_max_pool2d of an engine; the second output is its codes."""
+
+    @staticmethod
+    def forward(
+        input: Any, weight: Any, bias: Any, window: Window, groups: int, pool: Pool, engine: str
+    ) -> tuple[Tensor, Tensor]:
+        return pooled_maps(engine, input, weight, bias, window, groups, pool, want_codes=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input, weight, bias, ctx.window, ctx.groups, ctx.pool, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(input, weight, bias, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        input, weight, bias, codes = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if _library.differentiable_again():
+            again = _reference_gradients(ctx.window, ctx.groups, ctx.pool, (input, weight, bias), needs, grad)
+            return *again, None, None, None, None
+        size = arguments.conv_size(input, weight, ctx.window._replace(extra=(0, 0)))
+        maps_grad, bias_grad = ops.bias_relu_pool_backward(grad, codes, size, *ctx.pool, needs[2])
+        gradients = _convolution_gradients(maps_grad, input, weight, ctx.window, ctx.groups, needs)
+        return *gradients, bias_grad if needs[2] else None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        """Batched by stock PyTorch, which knows how."""
+        window, groups, pool, _ = args[3:]
+
+        def batch_of_one(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return reference(input, weight, bias, window.stride, window.padding, window.dilation, groups, pool)
+
+        pooled = torch.vmap(batch_of_one, in_dims[:3])(*args[:3])
+        return (pooled, torch.zeros_like(pooled, dtype=torch.uint8)), (0, 0)
