@@ -6,6 +6,7 @@ Importing it imports neither triton nor CUDA. See README.md for what it offers a
 from fastops import nn
 from fastops._env import KernelUnavailable
 from fastops.ops.attention import scaled_dot_product_attention, varlen_attention
+from fastops.ops.conv2d_relu import conv2d_relu, conv2d_relu_max_pool2d
 from fastops.ops.rnn_cell import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
 __version__ = "0.1.0"
@@ -13,6 +14,8 @@ __version__ = "0.1.0"
 __all__ = [
     "KernelUnavailable",
     "__version__",
+    "conv2d_relu",
+    "conv2d_relu_max_pool2d",
     "gru_cell",
     "lstm_cell",
     "nn",
