@@ -8,6 +8,7 @@ from fastops._env import KernelUnavailable
 from fastops.ops.attention import scaled_dot_product_attention, varlen_attention
 from fastops.ops.conv2d_relu import conv2d_relu, conv2d_relu_max_pool2d
 from fastops.ops.rnn_cell import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
+from fastops.profiling import profile
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "gru_cell",
     "lstm_cell",
     "nn",
+    "profile",
     "rnn_relu_cell",
     "rnn_tanh_cell",
     "scaled_dot_product_attention",

@@ -1,0 +1,119 @@
+"""`fastops profile script.py [args]` and `fastops profile --model pkg.mod:factory --input 64x3x224x224`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+EXAMPLES = """examples:
+  fastops profile train.py --epochs 1
+  fastops profile --steps 10 --html report.html train.py
+  fastops profile --model models.alexnet:AlexNet --input 64x3x224x224 --train --apply
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `fastops profile`. Those of the script come after its name and are its own."""
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", metavar="PKG.MOD:FACTORY", help="profile what this returns, on random input")
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SHAPE[:DTYPE]",
+        help="one input of --model, e.g. 64x3x224x224 or 8x128:int64; repeat for several",
+    )
+    parser.add_argument("--train", action="store_true", help="with --model: forward, backward and an SGD step")
+    parser.add_argument("--steps", type=int, default=5, help="steps to record (default 5)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps to run before (default 3)")
+    parser.add_argument("--top", type=int, default=15, metavar="N", help="rows to show (default 15)")
+    parser.add_argument("--html", metavar="FILE", help="write one offline HTML report")
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--trace", metavar="FILE", help="write the trace for Perfetto (.json or .json.gz)")
+    parser.add_argument(
+        "--apply", action="store_true", help="run fastops.accelerate and measure the step before and after, in pairs"
+    )
+    parser.add_argument(
+        "--backend", choices=("torch", "proton"), default="torch", help="proton: Triton's profiler, its own viewer"
+    )
+    parser.add_argument("script", nargs="?", help="a Python script, run unchanged")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Profile, print the screen, write the files; the script's exit code, or 2 for a request that makes no sense."""
+    from fastops.profiling.script import BadRequest
+
+    try:
+        return _run(options)
+    except BadRequest as error:
+        print(f"fastops profile: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    from fastops.profiling import profile, script
+
+    if bool(options.model) == bool(options.script):
+        raise script.BadRequest("give either a script or --model, see --help")
+    if options.script and (options.input or options.train):
+        raise script.BadRequest("--input and --train belong to --model; a script brings its own data and loop")
+    if options.model and not options.input:
+        raise script.BadRequest("--model needs at least one --input, e.g. --input 64x3x224x224")
+    for name in ("html", "json", "trace"):
+        path = getattr(options, name)
+        if path and not Path(path).resolve().parent.is_dir():
+            raise script.BadRequest(f"--{name}: no folder {Path(path).resolve().parent}")
+    if options.steps < 1 or options.warmup < 0:
+        raise script.BadRequest(f"--steps must be >= 1 and --warmup >= 0, got {options.steps} and {options.warmup}")
+    if options.backend == "proton":
+        from fastops.profiling.proton import run_proton
+
+        return run_proton(options)
+
+    if options.script:
+        profiler = profile(warmup=options.warmup, steps=options.steps)
+        code = script.run_script(options.script, options.arguments, profiler, 10 if options.apply else 0)
+    else:
+        code = 0
+        model, step = script.model_step(options.model, options.input, options.train)
+        profiler = profile(model, warmup=options.warmup, steps=options.steps)
+        try:
+            with profiler:
+                for _ in range(options.warmup + options.steps + 3):
+                    step()
+        except KeyboardInterrupt:
+            code = 130
+        if options.apply and not code:
+            profiler.applied = _apply(model, step)
+    try:
+        return _report(profiler, options, code)
+    finally:
+        profiler.recorder.discard()
+
+
+def _apply(model, step):  # type: ignore[no-untyped-def]
+    import fastops
+    from fastops.profiling.paired import compare
+
+    def accelerated() -> None:
+        with fastops.accelerated(model):
+            step()
+
+    return compare(step, accelerated)
+
+
+def _report(profiler, options: argparse.Namespace, code: int) -> int:  # type: ignore[no-untyped-def]
+    try:
+        profiler.show(top=options.top)
+    except RuntimeError as error:
+        print(f"fastops profile: {error}", file=sys.stderr)
+        return code or 1
+    for name in ("html", "json", "trace"):
+        path = getattr(options, name)
+        if path:
+            getattr(profiler, name)(path)
+            print(f"{name}: {path}")
+    return code

@@ -1,0 +1,78 @@
+"""Before and after, measured side by side: rounds of both arms in turn, the ratio of each round, its interval."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fastops.profiling.capture import synchronize
+
+
+@dataclass
+class Comparison:
+    """How many times faster `after` is: median of the per-round ratios, with a 95 % bootstrap interval."""
+
+    ratio: float
+    low: float
+    high: float
+    before_ms: float
+    after_ms: float
+    rounds: int
+
+    @property
+    def verdict(self) -> str:
+        """FASTER or SLOWER where the interval excludes 1, SAME where it lies within 2 % of it, else UNCLEAR."""
+        if self.low > 1.0:
+            return "FASTER"
+        if self.high < 1.0:
+            return "SLOWER"
+        return "SAME" if self.low >= 0.98 and self.high <= 1.02 else "UNCLEAR"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ratio:.2f}x [{self.low:.2f}, {self.high:.2f}] {self.verdict}: "
+            f"{self.before_ms:.3f} ms before, {self.after_ms:.3f} ms after, {self.rounds} paired rounds"
+        )
+
+
+def compare(before: Callable[[], None], after: Callable[[], None], *, rounds: int = 15, warmup: int = 2) -> Comparison:
+    """Time two callables in alternating order; each is one step and may launch GPU work."""
+    for _ in range(warmup):
+        before()
+        after()
+    pairs = []
+    for index in range(rounds):
+        if index % 2:
+            second = _seconds(after)
+            pairs.append((_seconds(before), second))
+        else:
+            pairs.append((_seconds(before), _seconds(after)))
+    return from_pairs(pairs)
+
+
+def from_pairs(pairs: Sequence[tuple[float, float]], *, resamples: int = 2000, seed: int = 0) -> Comparison:
+    """The comparison for measured (before, after) seconds, one pair a round."""
+    if not pairs:
+        raise ValueError("no rounds were measured")
+    ratios = [before / after for before, after in pairs]
+    draw = random.Random(seed)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(resamples))
+    return Comparison(
+        statistics.median(ratios),
+        medians[int(0.025 * resamples)],
+        medians[int(0.975 * resamples) - 1],
+        1e3 * statistics.median(before for before, _ in pairs),
+        1e3 * statistics.median(after for _, after in pairs),
+        len(pairs),
+    )
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,196 @@
+"""Profiling a user's script or a model by name."""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastops.profiling import profile
+from fastops.profiling.capture import synchronize
+
+
+class BadRequest(ValueError):
+    """What the user asked for cannot be done; the message is for them."""
+
+
+def run_script(path: str, arguments: Sequence[str], profiler: profile, apply_rounds: int = 0) -> int:
+    """Run a script as `python path arguments` would, profiling it; returns its exit code.
+
+    With `apply_rounds`, the steps after the recorded ones alternate between the model as it is and accelerated, in the
+    script's own loop, and are compared pair by pair.
+    """
+    if not Path(path).is_file():
+        raise BadRequest(f"no script {path!r}")
+    saved_argv, saved_path = sys.argv, list(sys.path)
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    code = 0
+    alternation = Alternation(profiler, apply_rounds) if apply_rounds else None
+    try:
+        with profiler:
+            runpy.run_path(path, run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if code and not isinstance(stop.code, int):
+            print(stop.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+        print("interrupted; the report covers what ran", file=sys.stderr)
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    finally:
+        sys.argv, sys.path[:] = saved_argv, saved_path
+        if alternation is not None:
+            alternation.finish()
+    return code
+
+
+class Alternation:
+    """Steps after the profile, in turn stock and accelerated; the first after each change is not counted."""
+
+    def __init__(self, profiler: profile, rounds: int):
+        self.profiler = profiler
+        self.rounds = rounds
+        self.times: dict[bool, list[float]] = {False: [], True: []}
+        self.accelerated = False
+        self.fresh = True
+        self.last = 0.0
+        profiler.recorder.after_step = self.step
+
+    def step(self) -> None:
+        """Called at the end of every step of the script."""
+        import fastops
+
+        recorder = self.profiler.recorder
+        if recorder.steps is None or recorder.recorded < recorder.steps or len(self.times[True]) >= self.rounds:
+            return
+        if self.last and not self.fresh:
+            self.times[self.accelerated].append(recorder.step_walls[-1])
+        if self.fresh and self.last:
+            self.fresh = False
+        elif self.last:
+            self.accelerated = not self.accelerated
+            for root in recorder.ranges.roots:
+                (fastops.accelerate if self.accelerated else fastops.restore)(root)
+            self.fresh = True
+        self.last = time.perf_counter()
+
+    def finish(self) -> None:
+        """Restore the model and hand the comparison to the profile."""
+        import fastops
+        from fastops.profiling.paired import from_pairs
+
+        if self.accelerated:
+            for root in self.profiler.recorder.ranges.roots:
+                fastops.restore(root)
+        pairs = list(zip(self.times[False], self.times[True], strict=False))
+        if len(pairs) >= 3:
+            self.profiler.applied = from_pairs(pairs)
+        else:
+            self.profiler.recorder.notes.append("the script ended before enough steps could be compared for --apply")
+
+
+def model_step(factory: str, inputs: Sequence[str], train: bool) -> tuple[torch.nn.Module, Callable[[], None]]:
+    """Build `pkg.mod:factory` and a callable that runs one step on random inputs of the given shapes."""
+    model = build(factory)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train(train)
+    tensors = [parse_input(text, device, model) for text in inputs]
+    optimizer = (
+        torch.optim.SGD(model.parameters(), lr=1e-4) if train and any(True for _ in model.parameters()) else None
+    )
+
+    def step() -> None:
+        if optimizer is None:
+            with torch.no_grad():
+                model(*tensors)
+            return
+        scalar_of(model(*tensors)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    try:
+        step()
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shapes = ", ".join(inputs)
+        raise BadRequest(f"{factory} does not accept input {shapes}: {type(error).__name__}: {error}") from error
+    synchronize()
+    return model, step
+
+
+def build(factory: str) -> torch.nn.Module:
+    """Call `pkg.mod:factory`, which returns a module (a module class will do)."""
+    module_name, _, name = factory.partition(":")
+    if not module_name or not name:
+        raise BadRequest(f"--model must be pkg.module:factory, got {factory!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        target = getattr(importlib.import_module(module_name), name)
+    except ImportError as error:
+        raise BadRequest(f"cannot import {module_name!r}: {error}") from error
+    except AttributeError:
+        raise BadRequest(f"module {module_name!r} has no {name!r}") from None
+    try:
+        model = target() if callable(target) and not isinstance(target, torch.nn.Module) else target
+    except Exception as error:
+        raise BadRequest(f"{factory}() raised {type(error).__name__}: {error}") from error
+    if not isinstance(model, torch.nn.Module):
+        raise BadRequest(f"{factory} gave a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp64": torch.float64,
+    "float64": torch.float64,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}
+
+
+def parse_input(text: str, device: torch.device, model: torch.nn.Module) -> torch.Tensor:
+    """A random tensor for "64x3x224x224" or "8x128:int64"; integers stay below the smallest embedding's size."""
+    shape_text, _, kind = text.partition(":")
+    try:
+        shape = [int(size) for size in shape_text.split("x")]
+        if min(shape) < 0:
+            raise ValueError
+    except ValueError:
+        raise BadRequest(f"--input must look like 64x3x224x224 or 8x128:int64, got {text!r}") from None
+    if kind and kind not in DTYPES:
+        raise BadRequest(f"--input dtype must be one of {', '.join(DTYPES)}, got {kind!r}")
+    dtype = DTYPES.get(kind, torch.float32)
+    if dtype == torch.bool:
+        return torch.ones(shape, dtype=dtype, device=device)
+    if not dtype.is_floating_point:
+        tables = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+        return torch.randint(0, min(tables, default=2), shape, device=device, dtype=dtype)
+    first = next((p.dtype for p in model.parameters()), dtype)
+    return torch.randn(shape, device=device, dtype=dtype if kind else first)
+
+
+def scalar_of(output: Any) -> torch.Tensor:
+    """One number to differentiate: the mean of the first floating tensor in whatever a model returns."""
+    if isinstance(output, torch.Tensor):
+        return output.float().mean()
+    values = output.values() if isinstance(output, dict) else output
+    for value in values if isinstance(values, (list, tuple)) else list(values):
+        found = value if isinstance(value, torch.Tensor) else None
+        if found is not None and found.is_floating_point():
+            return found.float().mean()
+    raise BadRequest(f"the model returned {type(output).__name__} without a floating tensor; profile a script instead")
