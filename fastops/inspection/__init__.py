@@ -7,7 +7,20 @@
 Kernels are compiled, never run; importing this imports neither triton nor CUDA.
 """
 
+from fastops.inspection.api import inspect
+from fastops.inspection.assess import Assessment, assess
 from fastops.inspection.compile import InspectionError, compile_case, compile_cases
+from fastops.inspection.gpus import find_target
 from fastops.inspection.report import KernelReport, Loop
 
-__all__ = ["InspectionError", "KernelReport", "Loop", "compile_case", "compile_cases"]
+__all__ = [
+    "Assessment",
+    "InspectionError",
+    "KernelReport",
+    "Loop",
+    "assess",
+    "compile_case",
+    "compile_cases",
+    "find_target",
+    "inspect",
+]

@@ -131,10 +131,13 @@ def user_cases(
         values = {**_defaults(kernel), **extra, **constexprs}
         types, ones, divisible = _bind(name, names, signature, values)
         values = {key: value for key, value in values.items() if key not in types} | dict.fromkeys(ones, 1)
-        label = ",".join(f"{key}={value}" for key, value in values.items() if key in constexprs or key in extra)
+        shown = {key: value for key, value in values.items() if key in constexprs or key in extra}
+        if extra:
+            shown |= {"num_warps": warps, "num_stages": stages}
+        label = ",".join(f"{key}={value}" for key, value in shown.items())
         cases.append(
             StaticCase(
-                name=f"{name}[{label}]" + (f"[num_warps={warps},num_stages={stages}]" if extra else ""),
+                name=f"{name}[{label}]",
                 kernel=kernel,
                 signature=types,
                 constexprs=values,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -98,6 +99,15 @@ class KernelReport:
     def spills(self) -> bool:
         """Whether registers overflowed into local memory."""
         return bool(self.local_loads or self.local_stores)
+
+    @property
+    def warning_names(self) -> list[str]:
+        """The distinct warnings in short: ["wgmma serialised (C7510)"]."""
+        names = []
+        for line in self.warnings:
+            code = next(iter(re.findall(r"\((C7\d{3})\)", line)), line)
+            names.append(f"wgmma serialised ({code})" if "serialized" in line else f"ptxas {code}")
+        return sorted(set(names))
 
     @property
     def sass(self) -> str:

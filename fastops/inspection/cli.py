@@ -1,0 +1,265 @@
+"""`fastops inspect`: see docs/inspect.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from fastops.inspection import catalog, render, snapshot
+from fastops.inspection.api import inspect_cases
+from fastops.inspection.assess import Assessment
+from fastops.inspection.compile import InspectionError, triton_version
+from fastops.inspection.gpus import Target, find_target
+from fastops.kernels._static import StaticCase
+
+EXAMPLES = """
+examples:
+  fastops inspect                                     every kernel the library ships
+  fastops inspect attention --target "RTX 3090"       does it fit that card, and why not
+  fastops inspect conv2d --target sm_90 --sass        the machine code
+  fastops inspect my.py:add_kernel --signature "*fp16,*fp16,i32" --constexpr BLOCK=1024 --target H100,sm_120
+  fastops inspect --check tests/static                exit code 1 where a kernel got worse, naming each figure
+
+Kernels are compiled, never run; no GPU is needed. Exit codes: 0 fine, 1 a regression, 2 bad input.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `fastops inspect`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    add = parser.add_argument
+    add("kernels", nargs="*", metavar="KERNEL", help="part of a name, a pattern with *, or file.py:kernel of your own")
+    add("-t", "--target", metavar="LIST", help='e.g. sm_80,sm_90 or "RTX 3090,H100"; default: where it is launched')
+    add("--dtype", help="only kernels on this element type, e.g. fp16")
+    add("--shape", metavar="SHAPE", help='what an op would launch for this shape, e.g. "B=4,H=16,S=4096,D=256"')
+    add("--list", action="store_true", help="name the configurations and compile nothing")
+    own = parser.add_argument_group("a kernel of your own")
+    own.add_argument("--signature", metavar="TYPES", help='of the arguments that are not constexpr: "*fp16,i32:16"')
+    own.add_argument("--constexpr", action="append", default=[], metavar="NAME=VALUE", help="may be repeated")
+    own.add_argument("--num-warps", type=_positive, metavar="N")
+    own.add_argument("--num-stages", type=_positive, metavar="N")
+    own.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="compile option: num_ctas=2")
+    own.add_argument("--grid", type=_positive, metavar="N", help="programs launched, for waves")
+    own.add_argument("--flops", type=float, metavar="N", help="operations of the launch, for the roofline floor")
+    own.add_argument("--bytes", type=float, metavar="N", help="least bytes the launch moves, likewise")
+    output = parser.add_argument_group("output")
+    output.add_argument("--sass", action="store_true", help="print the machine code")
+    output.add_argument("--ptx", action="store_true", help="print the PTX")
+    output.add_argument("--json", metavar="FILE", help="write everything as JSON; - for the terminal")
+    output.add_argument("--markdown", metavar="FILE", help="write the table as Markdown; - for the terminal")
+    output.add_argument("--explain", action="store_true", help="say what each column means")
+    output.add_argument("--jobs", type=_positive, metavar="N", help="compiling processes; default: one a core")
+    gate = parser.add_argument_group("the static gate")
+    gate.add_argument("--check", metavar="SNAPSHOT", help="compare with a snapshot: a file, or a folder of them")
+    gate.add_argument("--update", metavar="SNAPSHOT", help="write the snapshot, after saying what changes in it")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; the exit code."""
+    try:
+        return _run(arguments)
+    except (InspectionError, ValueError, OSError) as error:
+        print(f"fastops inspect: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastops inspect: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.explain:
+        for heading, _, explanation in render.COLUMNS:
+            print(f"{heading:12s}{explanation}")
+        return 0
+    targets = _targets(arguments.target)
+    cases, whole_library = _cases(arguments, targets)
+    if arguments.list:
+        for case in cases:
+            print(f"{case.name}  {' '.join(f'sm_{target}' for target in case.targets)}  {case.sample}".rstrip())
+        return 0
+    console = _console()
+    assessments = _compile(cases, targets, arguments.jobs)
+    machine_readable = "-" in (arguments.json, arguments.markdown)
+    if arguments.check or arguments.update:
+        return _gate(arguments, assessments, whole_library, targets is None, console)
+    if not (machine_readable or arguments.sass or arguments.ptx):
+        _print_table(assessments, console)
+    _write_files(arguments, assessments)
+    for kind in ("sass", "ptx"):
+        if getattr(arguments, kind):
+            _print_texts(assessments, kind)
+    broken = [assessment for assessment in assessments if assessment.report.error is not None]
+    for assessment in broken:
+        print(f"\n{assessment.report.name} {assessment.target.label}:\n{assessment.report.error}", file=sys.stderr)
+    return 2 if broken else 0
+
+
+def _targets(text: str | None) -> list[Target] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InspectionError("--target names no target; e.g. sm_90 or 'RTX 3090'")
+    return [find_target(name) for name in names]
+
+
+def _cases(arguments: argparse.Namespace, targets: list[Target] | None) -> tuple[list[StaticCase], bool]:
+    own = [kernel for kernel in arguments.kernels if ":" in kernel]
+    patterns = [kernel for kernel in arguments.kernels if ":" not in kernel]
+    cases: list[StaticCase] = []
+    if own:
+        if arguments.signature is None:
+            raise InspectionError(
+                f"{own[0]} needs --signature: the types of its arguments that are not constexpr, e.g. '*fp16,*fp16,i32'"
+            )
+        for kernel in own:
+            cases += catalog.user_cases(
+                kernel,
+                arguments.signature,
+                catalog.parse_constexprs(arguments.constexpr),
+                num_warps=arguments.num_warps,
+                num_stages=arguments.num_stages,
+                options=catalog.parse_constexprs(arguments.option),
+                grid=arguments.grid,
+                flops=arguments.flops,
+                bytes=arguments.bytes,
+            )
+    elif arguments.signature or arguments.constexpr or arguments.num_warps or arguments.num_stages or arguments.option:
+        raise InspectionError(
+            "--signature, --constexpr, --num-warps, --num-stages and --option describe a kernel of your own: "
+            "name it as file.py:kernel; the library's configurations are fixed (--list)"
+        )
+    if patterns or not own:
+        library = catalog.library_cases()
+        cases += catalog.select(library, patterns, arguments.dtype)
+        if not cases:
+            raise InspectionError("the library ships no kernel configurations")
+    return cases, not arguments.kernels and arguments.dtype is None
+
+
+def _compile(cases: Sequence[StaticCase], targets: list[Target] | None, jobs: int | None) -> list[Assessment]:
+    total = sum(len(case.targets) if targets is None else len(targets) for case in cases)
+    with _Progress(total) as advance:
+        return inspect_cases(cases, targets, jobs=jobs, progress=advance)
+
+
+def _print_table(assessments: Sequence[Assessment], console: Any) -> None:
+    console.print(render.table(assessments))
+    broken = sum(assessment.report.error is not None for assessment in assessments)
+    unfit = sum(assessment.occupancy is not None and not assessment.fits for assessment in assessments)
+    spilling = sum(assessment.report.spills for assessment in assessments)
+    words = [f"{len(assessments)} compiled with Triton {triton_version()}, none run"]
+    words += [
+        f"{count} {what}"
+        for count, what in ((broken, "do not compile"), (unfit, "do not fit"), (spilling, "spill"))
+        if count
+    ]
+    console.print("; ".join(words) + ". `--explain` says what the columns mean.", style="dim", highlight=False)
+
+
+def _write_files(arguments: argparse.Namespace, assessments: Sequence[Assessment]) -> None:
+    if arguments.json:
+        _write(arguments.json, json.dumps(render.to_json(assessments, triton_version()), indent=1) + "\n")
+    if arguments.markdown:
+        _write(arguments.markdown, render.markdown(assessments))
+
+
+def _write(place: str, text: str) -> None:
+    if place == "-":
+        sys.stdout.write(text)
+    else:
+        Path(place).write_text(text, encoding="utf-8")
+
+
+def _print_texts(assessments: Sequence[Assessment], kind: str) -> None:
+    for assessment in assessments:
+        if assessment.report.error is None:
+            print(f"// {assessment.report.name} {assessment.target.label}")
+            print(getattr(assessment.report, kind))
+
+
+def _gate(
+    arguments: argparse.Namespace,
+    assessments: Sequence[Assessment],
+    whole_library: bool,
+    all_targets: bool,
+    console: Any,
+) -> int:
+    place = Path(arguments.check or arguments.update)
+    path = snapshot.path_for(place)
+    known = {} if arguments.update and not path.exists() else snapshot.read(place)
+    changes = snapshot.compare(known, assessments, whole_library)
+    for change in changes:
+        mark = "[red]WORSE[/red]" if change.worse else "[green]better[/green]"
+        console.print(f"{mark} ", end="")
+        console.print(str(change), markup=False, highlight=False, soft_wrap=True)
+    worse = sum(change.worse for change in changes)
+    count = f"{len(assessments)} kernels x targets, Triton {triton_version()}, {path}"
+    if arguments.update:
+        snapshot.write(place, assessments, keep=not (whole_library and all_targets))
+        console.print(f"written: {count}: {len(changes)} figures changed, {worse} for the worse", markup=False)
+        return 0
+    if worse:
+        console.print(
+            f"FAILED: {count}: {worse} figures got worse. Where that is meant: fastops inspect --update {place}",
+            markup=False,
+        )
+        return 1
+    better = f"; {len(changes)} figures got better, `--update {place}` keeps them so" if changes else ""
+    console.print(f"ok: {count}{better}", markup=False, highlight=False)
+    return 0
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    # a pipe has no width; wrapping would break what reads it
+    return console if console.is_terminal else Console(width=240)
+
+
+class _Progress(AbstractContextManager["Any"]):
+    """A progress bar on stderr, on a terminal only."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.bar: Any = None
+
+    def __enter__(self) -> Any:
+        if not sys.stderr.isatty():
+            return None
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("compiling"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self.bar.start()
+        task = self.bar.add_task("", total=self.total)
+        return lambda report: self.bar.update(task, advance=1, description=f"{report.name} sm_{report.target}")
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
