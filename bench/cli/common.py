@@ -1,0 +1,48 @@
+"""What several commands need."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable
+
+import torch
+from rich.console import Console
+
+EXIT_CANNOT = 2
+
+
+class CannotError(Exception):
+    """The command cannot be carried out; the message is for the user."""
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that keeps tables whole in a log, and obeys NO_COLOR."""
+    made = Console(stderr=stderr)
+    if not made.is_terminal:
+        made.width = 160
+    return made
+
+
+def device(name: str | None) -> torch.device:
+    """The device to measure: CUDA where there is one."""
+    if name is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise CannotError("--device cuda: PyTorch sees no GPU here")
+    return torch.device(name)
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> CannotError:
+    """An error that repeats what was asked for and offers what is near."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 3, 0.4)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    listed = f" (known: {', '.join(known)})" if len(known) <= 30 else " (python -m bench list shows all)"
+    return CannotError(f"unknown {kind} {name!r}{hint}{listed if not near or len(known) <= 12 else ''}")
+
+
+def fail(error: Exception) -> int:
+    """One line on stderr, exit code 2."""
+    print(f"bench: {error}", file=sys.stderr)
+    return EXIT_CANNOT

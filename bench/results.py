@@ -1,0 +1,107 @@
+"""The JSON file: written after every row, so that a kill loses nothing measured; read with checks.
+
+Schema 1: {"schema": 1, "env": {...}, "rows": [{"case", "op", "name", "mode", "dtype", "shape", "gate": "pass"|"fail",
+"providers": {arm: {"role", "how", "median_s", "samples_s", "vs_best", "verdict", ...}}, "vs_best": {"ratio", "lo",
+"hi", "best", "arm"}, "verdict", ...}], "running": case or null}. Times are seconds; ratios above 1 mean faster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+Row = dict[str, Any]
+
+
+class Unreadable(Exception):
+    """Not a result file of this benchmark; the message says which file and why."""
+
+
+class Results:
+    """A result file being written.
+
+    `running` names the case in hand. If the process dies in it, the next `--resume` finds the name, writes a row that
+    says so, and does not run that case again.
+    """
+
+    def __init__(self, path: Path, env: dict[str, Any], rows: list[Row] | None = None):
+        self.path = path
+        self.env = env
+        self.rows: list[Row] = rows or []
+        self.running: str | None = None
+
+    def start(self, case: str) -> None:
+        """Note on disk that this case is being run."""
+        self.running = case
+        self.write()
+
+    def append(self, row: Row) -> None:
+        """Add a finished row and write the file."""
+        self.rows.append(row)
+        self.running = None
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file in one step."""
+        document = {"schema": SCHEMA, "env": self.env, "rows": self.rows, "running": self.running}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".part")
+        partial.write_text(dump(document), encoding="utf-8")
+        os.replace(partial, self.path)
+
+
+def dump(document: Any) -> str:
+    """JSON with one row a line, strict (no NaN)."""
+    rows = document.get("rows", [])
+    head = {key: value for key, value in document.items() if key != "rows"}
+    text = json.dumps(head, allow_nan=False)
+    body = ",\n".join(json.dumps(row, allow_nan=False, separators=(",", ":")) for row in rows)
+    return f'{text[:-1]},\n"rows": [\n{body}\n]}}\n'
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A result file, checked."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Unreadable(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise Unreadable(f"{path}: not JSON ({error})") from error
+    if not isinstance(document, dict) or "schema" not in document or not isinstance(document.get("rows"), list):
+        raise Unreadable(f"{path}: JSON, but not a result file of `python -m bench`")
+    if document["schema"] != SCHEMA:
+        raise Unreadable(f"{path}: schema {document['schema']}, this version reads schema {SCHEMA}")
+    if not isinstance(document.get("env"), dict):
+        raise Unreadable(f"{path}: the environment is missing")
+    for index, row in enumerate(document["rows"]):
+        missing = {"case", "op", "mode", "dtype", "providers", "verdict"} - set(row if isinstance(row, dict) else ())
+        if missing:
+            raise Unreadable(f"{path}: row {index} lacks {', '.join(sorted(missing))}")
+    return document
+
+
+def timed_providers(row: Row, role: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Arms of a row that have a time."""
+    for name, provider in row["providers"].items():
+        if provider.get("median_s") is not None and role in (None, provider.get("role")):
+            yield name, provider
+
+
+def newest_on_gpu(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The most recent readable result file in a folder that was measured on a GPU."""
+    found = []
+    for path in folder.glob("*.json"):
+        try:
+            document = read(path)
+        except Unreadable:
+            continue
+        if document["env"].get("device") == "cuda" and document["rows"]:
+            found.append((str(document["env"].get("date", "")), path, document))
+    if not found:
+        return None
+    _, path, document = max(found, key=lambda item: item[:2])
+    return path, document

@@ -1,0 +1,179 @@
+"""The terminal: a table, one line a row as it is measured, and a last line that is the verdict."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench import environment, stats
+
+GATE = "GATE"  # right, and not timed because only that was asked
+STYLES = {
+    stats.FASTER: "bold green",
+    stats.SAME: "",
+    stats.SLOWER: "bold red",
+    stats.UNCLEAR: "yellow",
+    stats.WRONG: "bold white on red",
+    stats.IMPOSSIBLE: "bold white on red",
+    stats.ABSENT: "dim",
+    stats.ERROR: "magenta",
+}
+
+
+def header(console: Console, env: dict[str, Any], ceilings: dict[str, Any] | None) -> None:
+    """The machine, before any number."""
+    console.print(environment.one_line(env), style="bold", highlight=False)
+    if ceilings:
+        rates = ", ".join(
+            f"{name} {ceilings[name]:.0f}" for name in ("fp16", "bf16", "tf32", "fp32") if name in ceilings
+        )
+        console.print(
+            f"ceilings ({ceilings['source']}): {rates} TFLOP/s; copy {ceilings['gbps']:.0f} GB/s", style="dim"
+        )
+
+
+def print_rows(console: Console, rows: list[dict[str, Any]], every_arm: bool = False) -> None:
+    """One line a case; with `every_arm`, then a table of all arms for each."""
+    if not rows:
+        return
+    table = Table(header_style="bold", pad_edge=False, show_edge=False)
+    for name, justify in (
+        ("case", "left"),
+        ("mode", "left"),
+        ("best stock", "left"),
+        ("time", "right"),
+        ("fastops", "left"),
+        ("time", "right"),
+        ("speed of fastops [95 %]", "right"),
+        ("noise", "right"),
+        ("TFLOP/s", "right"),
+        ("% ceiling", "right"),
+        ("memory", "right"),
+        ("verdict", "left"),
+    ):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        _add(table, row)
+    console.print(table)
+    if every_arm:
+        for row in rows:
+            print_arms(console, row)
+
+
+def _add(table: Table, row: dict[str, Any]) -> None:
+    versus = row.get("vs_best")
+    style = STYLES.get(row["verdict"], "")
+    verdict = f"[{style}]{row['verdict']}[/]" if style else row["verdict"]
+    case = escape(f"{row['name']} {row['dtype']}")
+    if not versus:
+        table.add_row(case, row["mode"], escape(explain(row)), *[""] * 8, verdict)
+        return
+    ours, best = row["providers"][versus["arm"]], row["providers"][versus["best"]]
+    percent = ours.get("ceiling_pct")
+    table.add_row(
+        case,
+        row["mode"],
+        escape(versus["best"]),
+        time(best["median_s"]),
+        escape(versus["arm"]),
+        time(ours["median_s"]),
+        f"{versus['ratio']:.3f}x [{versus['lo']:.3f}-{versus['hi']:.3f}]".replace("[", r"\["),
+        f"±{100 * row['noise']['floor']:.1f} %",
+        f"{ours['tflops']:.3g}",
+        f"{percent:.0f} %" if percent is not None else "-",
+        memory(ours.get("peak_bytes"), best.get("peak_bytes")),
+        verdict,
+    )
+
+
+def print_arms(console: Console, row: dict[str, Any]) -> None:
+    """Every arm of a case, those without a time with the reason."""
+    table = Table(title=escape(row["case"]), title_justify="left", header_style="bold", pad_edge=False, show_edge=False)
+    table.add_column("arm")
+    for name in ("time", "speed", "TFLOP/s", "% ceiling", "memory", "launches", "cold"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict, or why there is no time")
+    for name, provider in row["providers"].items():
+        versus, percent = provider.get("vs_best"), provider.get("ceiling_pct")
+        seconds, cold = provider.get("median_s"), provider.get("cold_s")
+        table.add_row(
+            escape(name),
+            time(seconds) if seconds is not None else "",
+            f"{versus['ratio']:.3f}x" if versus else "best" if seconds is not None else "",
+            f"{provider['tflops']:.3g}" if seconds is not None else "",
+            f"{percent:.0f} %" if percent is not None else "",
+            memory(provider.get("peak_bytes"), None) if seconds is not None else "",
+            str(provider.get("launches") or ""),
+            time(cold) if cold is not None else "",
+            provider.get("verdict", provider["role"]) if seconds is not None else escape(why(provider)),
+        )
+    console.print()
+    console.print(table)
+
+
+def why(provider: dict[str, Any]) -> str:
+    """Why an arm has no time."""
+    for key in ("gate_reason", "error", "unavailable"):
+        if provider.get(key):
+            return str(provider[key])
+    return "not timed"
+
+
+def explain(row: dict[str, Any]) -> str:
+    """Why a row has no ratio."""
+    if row.get("error"):
+        return str(row["error"])
+    found = [(name, p) for name, p in row["providers"].items() if p["role"] == "ours" or p.get("verdict")]
+    bad = [(n, p) for n, p in found if p.get("verdict") in (stats.WRONG, stats.IMPOSSIBLE) or p.get("error")]
+    for name, provider in bad or found:
+        return f"{name}: {why(provider)}"
+    return "no fastops arm"
+
+
+def progress_line(row: dict[str, Any]) -> str:
+    """One line for a finished case."""
+    versus = row.get("vs_best")
+    if not versus:
+        return (
+            f"{row['case']}: {row['verdict']} ({explain(row)})" if row["verdict"] != "GATE" else f"{row['case']}: right"
+        )
+    return (
+        f"{row['case']}: {versus['arm']} {versus['ratio']:.3f}x [{versus['lo']:.3f}-{versus['hi']:.3f}] "
+        f"of {versus['best']}, {row['verdict']}"
+    )
+
+
+def verdict_line(rows: list[dict[str, Any]], machine: str) -> str:
+    """Counts, geometric mean and every loss by name; never a bare maximum."""
+    counts = Counter(row["verdict"] for row in rows)
+    counted = ", ".join(f"{counts[name]} {name}" for name in (*stats.VERDICTS, GATE) if counts[name])
+    mean = stats.geomean([row["vs_best"]["ratio"] for row in rows if row.get("vs_best")])
+    line = f"{len(rows)} case{'s' if len(rows) != 1 else ''}: {counted or 'nothing measured'}"
+    if not math.isnan(mean):
+        line += f"; geometric mean {mean:.3f}x the best stock arm"
+    line += f" on {machine}"
+    losses = [row["case"] for row in rows if row["verdict"] in (stats.SLOWER, stats.WRONG, stats.IMPOSSIBLE)]
+    return f"{line}; losses: {', '.join(losses)}" if losses else f"{line}; no losses"
+
+
+def time(seconds: float) -> str:
+    """A time with three digits and its unit."""
+    for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
+        if seconds < limit:
+            return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:.0f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def memory(peak: float | None, other: float | None) -> str:
+    """Peak memory, and the difference from another arm's."""
+    if peak is None:
+        return "-"
+    text = f"{peak / 2**20:.0f} MiB"
+    if other is not None and peak != other:
+        text += f" ({(peak - other) / 2**20:+.0f})"
+    return text
