@@ -4,6 +4,7 @@ Importing it imports neither triton nor CUDA. See README.md for what it offers a
 """
 
 from fastops import nn
+from fastops._accelerate import accelerate, accelerated, explain, restore
 from fastops._env import KernelUnavailable
 from fastops.ops.attention import scaled_dot_product_attention, varlen_attention
 from fastops.ops.conv2d_relu import conv2d_relu, conv2d_relu_max_pool2d
@@ -15,12 +16,16 @@ __version__ = "0.1.0"
 __all__ = [
     "KernelUnavailable",
     "__version__",
+    "accelerate",
+    "accelerated",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
+    "explain",
     "gru_cell",
     "lstm_cell",
     "nn",
     "profile",
+    "restore",
     "rnn_relu_cell",
     "rnn_tanh_cell",
     "scaled_dot_product_attention",

@@ -1,0 +1,72 @@
+"""Models of transformers: their attention is chosen by name in their configuration, not by class."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+OURS = "fastops"
+REPLACED = ("eager", "sdpa")
+WAS = "_fastops_attention_was"
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether this is a model of transformers; does not import it."""
+    utils = sys.modules.get("transformers.modeling_utils")
+    return utils is not None and isinstance(module, utils.PreTrainedModel)
+
+
+def why_not(module: Any) -> str | None:
+    """Why a model's attention stays what it is, or None."""
+    current = module.config._attn_implementation
+    if not _has_integration():
+        return "this fastops has no integration with transformers"
+    if current not in REPLACED:
+        return f"its attention was chosen to be {current!r}; fastops replaces {' and '.join(map(repr, REPLACED))}"
+    if getattr(module.config, "output_attentions", False):
+        return "output_attentions=True asks for the attention weights"
+    if not module._can_set_attn_implementation():
+        return "its attention does not go through transformers' AttentionInterface"
+    return None
+
+
+def switch(module: Any) -> None:
+    """Set the attention of a model, and of the models inside it, to ours; note what it was on the module."""
+    import fastops.integrations.transformers  # noqa: F401  (registers the name)
+
+    module.__dict__[WAS] = [(config, config._attn_implementation) for config in _configs(module)]
+    module.set_attn_implementation(OURS)
+
+
+def switch_back(module: nn.Module) -> bool:
+    """Undo `switch`; whether there was one to undo."""
+    was = module.__dict__.pop(WAS, None)
+    for config, implementation in was or ():
+        config._attn_implementation = implementation
+    return was is not None
+
+
+def switched(module: nn.Module) -> bool:
+    """Whether `switch` was called on it."""
+    return WAS in module.__dict__
+
+
+def _configs(module: nn.Module) -> list[Any]:
+    """Every configuration in a model once, the outer ones first."""
+    found: dict[int, Any] = {}
+    waiting = [inner.config for inner in module.modules() if is_pretrained(inner)]
+    while waiting:
+        config: Any = waiting.pop(0)
+        if id(config) not in found:
+            found[id(config)] = config
+            inner_configs = (getattr(config, name, None) for name in config.sub_configs)
+            waiting += [inner for inner in inner_configs if inner is not None]
+    return list(found.values())
+
+
+def _has_integration() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("fastops.integrations.transformers") is not None
