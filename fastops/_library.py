@@ -110,11 +110,15 @@ def _register_flop_formulas() -> None:
             register_flop_formula(packet)(formula)
 
 
-class _AfterFlopCounterImport(importlib.abc.MetaPathFinder):
-    """Registers the formulas when `torch.utils.flop_counter` is imported; doing so ourselves imports triton."""
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Waits for one module to be imported and then calls `action` with it."""
+
+    def __init__(self, name: str, action: Callable[[Any], None]) -> None:
+        self.name = name
+        self.action = action
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != FLOP_COUNTER:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -122,13 +126,22 @@ class _AfterFlopCounterImport(importlib.abc.MetaPathFinder):
             return spec
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: Any) -> None:
+        def execute_and_act(module: Any) -> None:
             execute(module)
-            _register_flop_formulas()
+            self.action(module)
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec
 
 
+def after_import(name: str, action: Callable[[Any], None]) -> None:
+    """Call `action(module)` once module `name` is imported: now where it is, without importing it where it is not."""
+    if name in sys.modules:
+        action(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, action))
+
+
+# registering a formula imports the flop counter, and with it triton: left to whoever imports it
 if FLOP_COUNTER not in sys.modules:
-    sys.meta_path.insert(0, _AfterFlopCounterImport())
+    after_import(FLOP_COUNTER, lambda _: _register_flop_formulas())

@@ -1,0 +1,216 @@
+"""LSTM, GRU and RNN: torch.nn's, running on fastops' engines, with per-row lengths beside PackedSequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from fastops import _env
+from fastops.nn.rnn_sequences import Packing, check_lengths
+from fastops.nn.rnn_stock import stock_layer, trace_through
+from fastops.ops import rnn as ops
+
+__all__ = ["GRU", "LSTM", "RNN"]
+
+# (layer input, h0, c0, weights, lengths) -> (output, h_n, c_n), time-major
+Layer = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+
+
+class _Recurrent(torch.nn.RNNBase):
+    """What LSTM, GRU and RNN share. `impl` is a class attribute, so that a module of a swapped `__class__` has it."""
+
+    impl: str = "auto"
+
+    def __init__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _env.choose_impl(impl, ops.ENGINES)
+        if impl != "auto":
+            self.impl = impl
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", impl={self.impl!r}" if self.impl != "auto" else "")
+
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> Any:
+        """torch.nn's call forms, and `lengths`: (B,) integers on the input's device, for a padded batch.
+
+        With lengths, row b is read up to step lengths[b]: outputs after it are 0, the final states are those of its
+        last step, and the reverse direction starts there, as with a PackedSequence. Nothing waits for the GPU.
+        """
+        packed = isinstance(input, PackedSequence)
+        if lengths is not None:
+            lengths = self._check_lengths(input, lengths)
+        engine = self._engine(input.data if packed else input, packed or lengths is not None)
+        compiling = torch.compiler.is_compiling()
+        # exported programs should hold torch's own operators, and a projection is traced step by step
+        if engine == "torch" and compiling and not (packed or self.proj_size or torch.compiler.is_exporting()):
+            return self._padded(input, hx, lengths, self._opaque)
+        if engine == "torch" and lengths is None:
+            return super().forward(input, hx)
+        if self.proj_size or (engine == "torch" and input.device.type == "cpu" and not compiling):
+            return self._stock_ragged(input, hx, lengths)
+        layer = self._layer(engine)
+        return self._packed(input, hx, layer) if packed else self._padded(input, hx, lengths, layer)
+
+    def _check_lengths(self, input: Any, lengths: Tensor) -> Tensor:
+        if isinstance(input, PackedSequence):
+            raise ValueError("lengths go with a padded tensor; a PackedSequence has its own")
+        if input.dim() != 3:
+            raise ValueError(f"lengths need a batched 3-D input, got {input.dim()}-D")
+        steps, batch = input.shape[:2] if not self.batch_first else (input.shape[1], input.shape[0])
+        return check_lengths(lengths, batch, steps, input.device)
+
+    def _engine(self, data: Tensor, ragged: bool) -> str:
+        """Name of the engine: "torch" is stock PyTorch for the whole module, "auto" lets each layer choose."""
+        engine = _env.choose_impl(self.impl, ops.ENGINES)
+        if engine == "auto" and (data.device.type != "cuda" or self.proj_size or data.dtype == torch.float64):
+            return "torch"
+        if engine != "torch" and self.proj_size:
+            raise _env.KernelUnavailable(f"{self._get_name()}(impl={engine!r}): proj_size runs on stock PyTorch only")
+        return engine
+
+    def _layer(self, engine: str) -> Layer:
+        def layer(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Any, lengths: Tensor | None) -> Any:
+            return ops.recurrent_layer(self.mode, x, h0, c0, weights, lengths, impl=engine)
+
+        return layer
+
+    def _opaque(
+        self, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Any, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        shape = (len(weights), x.shape[1], self.hidden_size)
+        states = [x.new_zeros(shape) if h0 is None else h0]
+        if self.mode == "LSTM":
+            states.append(x.new_zeros(shape) if c0 is None else c0)
+        flat = [w for direction in weights for w in direction if w is not None]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, states, flat = x.to(dtype), [s.to(dtype) for s in states], [w.to(dtype) for w in flat]
+        output, h_n, *c_n = stock_layer(x, states, flat, lengths, self.mode)
+        return output, h_n, c_n[0] if c_n else None
+
+    def _padded(self, input: Tensor, hx: Any, lengths: Tensor | None, layer: Layer) -> Any:
+        """All layers over a padded (or one unbatched) sequence."""
+        lstm = self.mode == "LSTM"
+        states = () if hx is None else tuple(hx) if lstm else (hx,)
+        if input.dim() not in (2, 3) or any(s.dim() != input.dim() for s in states) or (lstm and len(states) == 1):
+            return super().forward(input, hx)  # torch says what is wrong
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        x = input if batched else input.unsqueeze(batch_dim)
+        if not batched:
+            states = tuple(s.unsqueeze(1) for s in states)
+        if states:
+            self.check_forward_args(x, states if lstm else states[0], None)  # type: ignore[arg-type]
+        else:
+            self.check_input(x, None)
+        x = x.transpose(0, 1) if self.batch_first else x
+        output, finals = self._layers(x, states, lengths, layer)
+        output = output.transpose(0, 1) if self.batch_first else output
+        if not batched:
+            output, finals = output.squeeze(batch_dim), tuple(f.squeeze(1) for f in finals)
+        return output, finals if lstm else finals[0]
+
+    def _packed(self, packed: PackedSequence, hx: Any, layer: Layer) -> Any:
+        """All layers over a PackedSequence, padded on its device and packed again."""
+        lstm = self.mode == "LSTM"
+        states = () if hx is None else tuple(hx) if lstm else (hx,)
+        self.check_input(packed.data, packed.batch_sizes)
+        if states:
+            self.check_forward_args(packed.data, states if lstm else states[0], packed.batch_sizes)  # type: ignore[arg-type]
+            if packed.sorted_indices is not None:
+                states = tuple(s.index_select(1, packed.sorted_indices) for s in states)
+        packing = Packing(packed)
+        output, finals = self._layers(packing.pad(packed.data), states, packing.lengths, layer)
+        if packed.unsorted_indices is not None:
+            finals = tuple(f.index_select(1, packed.unsorted_indices) for f in finals)
+        again = PackedSequence(packing.pack(output), packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+        return again, finals if lstm else finals[0]
+
+    def _layers(
+        self, x: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, layer: Layer
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        directions = 2 if self.bidirectional else 1
+        weights = [(*w, None, None) if len(w) == 2 else tuple(w) for w in self.all_weights]
+        last_h, last_c = [], []
+        for k in range(self.num_layers):
+            own = slice(k * directions, (k + 1) * directions)
+            h0, c0 = [s[own] for s in states] + [None] * (2 - len(states))
+            x, h_n, c_n = layer(x, h0, c0, weights[own], lengths)
+            last_h.append(h_n)
+            last_c.append(c_n)
+            if self.dropout and self.training and k + 1 < self.num_layers:
+                x = F.dropout(x, self.dropout)
+        finals = [torch.cat(last_h)]
+        if self.mode == "LSTM":
+            finals.append(torch.cat([c for c in last_c if c is not None]))
+        return x, tuple(finals)
+
+    def _stock_ragged(self, input: Tensor, hx: Any, lengths: Tensor | None) -> Any:
+        """Stock PyTorch on a PackedSequence of the rows that have any step; rows of length 0 keep their state."""
+        assert lengths is not None
+        lstm = self.mode == "LSTM"
+        batch_dim = 0 if self.batch_first else 1
+        batch, steps = input.shape[batch_dim], input.shape[1 - batch_dim]
+        some = lengths.nonzero().squeeze(1)
+        states = () if hx is None else tuple(hx) if lstm else (hx,)
+        for s in states:
+            if s.dim() != 3:
+                return super().forward(input, hx)  # torch says what is wrong
+        if states:
+            self.check_forward_args(input, states if lstm else states[0], None)  # type: ignore[arg-type]
+        if len(some) == 0 and steps:
+            return self._nothing(input, states)
+        every = len(some) == batch
+        x = input if every else input.index_select(batch_dim, some)
+        few = states if every else tuple(s.index_select(1, some) for s in states)
+        packed = pack_padded_sequence(x, lengths[some].cpu(), self.batch_first, enforce_sorted=False)
+        output, finals = super().forward(packed, None if hx is None else few if lstm else few[0])
+        output, _ = pad_packed_sequence(output, self.batch_first, total_length=steps)
+        if not every:
+            output = output.new_zeros([batch if k == batch_dim else n for k, n in enumerate(output.shape)]).index_copy(
+                batch_dim, some, output
+            )
+            wide = []
+            for k, final in enumerate(finals if lstm else (finals,)):
+                start = states[k].to(final.dtype) if states else final.new_zeros(final.shape[0], batch, final.shape[2])
+                wide.append(start.index_copy(1, some, final))
+            finals = tuple(wide) if lstm else wide[0]
+        return output, finals
+
+    def _nothing(self, input: Tensor, states: tuple[Tensor, ...]) -> Any:
+        """What rows without a step give: outputs 0, and the states they came with."""
+        self.check_input(input, None)
+        directions = 2 if self.bidirectional else 1
+        sizes = [self.proj_size or self.hidden_size] + [self.hidden_size] * (self.mode == "LSTM")
+        batch = input.shape[0 if self.batch_first else 1]
+        finals = states or tuple(input.new_zeros(self.num_layers * directions, batch, size) for size in sizes)
+        output = input.new_zeros(*input.shape[:2], directions * sizes[0])
+        return output, tuple(finals) if self.mode == "LSTM" else finals[0]
+
+
+class LSTM(_Recurrent, torch.nn.LSTM):
+    """torch.nn.LSTM on fastops' engines.
+
+    Constructor, parameters, initialisation, call forms and errors are torch.nn.LSTM's, with two additions: the
+    keyword `impl` ("auto", "triton", "persistent", "small", "step" or "torch", see `fastops.ops.rnn`), and the
+    keyword `lengths` of forward. Dropout between layers draws from torch's generator.
+
+    "auto" runs stock PyTorch on the CPU, in float64, with proj_size, and where the table in fastops.tuning says so.
+    An engine asked for by name never falls back: it raises `fastops.KernelUnavailable`.
+    """
+
+
+class GRU(_Recurrent, torch.nn.GRU):
+    """torch.nn.GRU on fastops' engines; see `LSTM` for what is added."""
+
+
+class RNN(_Recurrent, torch.nn.RNN):
+    """torch.nn.RNN (tanh or relu) on fastops' engines; see `LSTM` for what is added."""
+
+
+trace_through((LSTM, GRU, RNN))
