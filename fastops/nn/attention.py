@@ -216,7 +216,7 @@ def lengths_of(alive: Tensor) -> Tensor | None:
 def attention_and_weights(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    """softmax(Q K^T / sqrt(D) + mask) V, and the weights after dropout, as torch returns them; 0 where no key is seen."""
+    """softmax(Q K^T / sqrt(D) + mask) V, and the weights after dropout, as torch returns them; 0 in dead rows."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if mask is None:
         weights = scores.softmax(-1)
