@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from fastops.inspection import _source, sass
 from fastops.inspection.gpus import RESERVED_SHARED_BYTES
 from fastops.inspection.report import LABELS, KernelReport
 
+IDLE_SECONDS = 60.0
 _WARNING = re.compile(r"^.*\(C7\d{3}\).*$", re.MULTILINE)
 _SPILLS = re.compile(r"(\d+) bytes spill (?:stores|loads)")
 _BARRIERS = re.compile(r"used (\d+) barriers")
@@ -32,10 +34,14 @@ _BLOCK = re.compile(r"^\.reqntid (\d+)", re.MULTILINE)
 
 
 def main() -> None:
-    """Serve tasks until the input ends."""
+    """Serve tasks until the input ends or none has come for a while."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the compiler prints must not end up between the answers
-    for line in sys.stdin:
+    # whoever started us may live for days after its last kernel
+    while select.select([sys.stdin], [], [], IDLE_SECONDS)[0]:
+        line = sys.stdin.readline()
+        if not line:
+            return
         print(json.dumps(serve(json.loads(line))), file=replies, flush=True)
 
 

@@ -9,8 +9,6 @@ import json
 import os
 import queue
 import re
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastops.inspection import _source
+from fastops.inspection._pool import Worker, lease
 from fastops.inspection.report import LABELS, KernelReport
 from fastops.kernels._static import StaticCase
 
@@ -63,9 +62,12 @@ def compile_cases(
     wanted = None if targets is None else list(targets)
     tasks = [_task(case, target) for case in cases for target in (case.targets if wanted is None else wanted)]
     reports: dict[int, KernelReport] = {}
+    first: dict[str, int] = {}  # "sm_86" and "RTX 3090" are the same work
     missing = []
     folder = cache_folder()
     for index, task in enumerate(tasks):
+        if first.setdefault(task["key"], index) != index:
+            continue
         cached = _read(folder, task)
         if cached is None:
             missing.append(index)
@@ -75,7 +77,7 @@ def compile_cases(
             progress(cached)
     if missing:
         _compile_missing(tasks, missing, folder, reports, jobs or _cores(), progress)
-    return [reports[index] for index in range(len(tasks))]
+    return [_labelled(reports[first[task["key"]]], task) for task in tasks]
 
 
 def triton_version() -> str:
@@ -115,7 +117,7 @@ def _task(case: StaticCase, target: int) -> dict[str, Any]:
         "divisible_by_16": sorted(case.divisible_by_16),
         "target": target,
     }
-    key = [FORMAT, triton_version(), kernel["module"], kernel["name"], digest, compiled_from, _compiler_settings()]
+    key = [FORMAT, triton_version(), kernel["module"], kernel["name"], digest, compiled_from, compiler_settings()]
     labels = {name: getattr(case, name) for name in LABELS if name != "dtype"} | {"dtype": dtype_of(case)}
     hashed = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return compiled_from | labels | {"kernel": kernel, "digest": digest, "key": hashed}
@@ -139,8 +141,8 @@ def parameters_of(kernel: Any) -> list[str]:
         raise InspectionError(str(error)) from error
 
 
-def _compiler_settings() -> dict[str, str]:
-    """Environment variables that change what the compiler makes."""
+def compiler_settings() -> dict[str, str]:
+    """Environment variables that change what the compiler makes, or where it finds its tools."""
     places = {"TRITON_INTERPRET", "TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_DUMP_DIR", "TRITON_ALWAYS_COMPILE"}
     return {
         name: value
@@ -179,6 +181,10 @@ def _read(folder: Path, task: dict[str, Any]) -> KernelReport | None:
         return None
     if report.error is None and not all(path.with_suffix(suffix).exists() for suffix in (".sass.gz", ".ptx.gz")):
         return None
+    return _labelled(report, task)
+
+
+def _labelled(report: KernelReport, task: dict[str, Any]) -> KernelReport:
     return replace(report, **{label: task[label] for label in LABELS})
 
 
@@ -200,15 +206,15 @@ def _compile_missing(
     lock = threading.Lock()
     failures: list[BaseException] = []
 
-    def serve(scratch: str) -> None:
-        with contextlib.closing(_Worker(scratch)) as worker:
+    def serve() -> None:
+        with lease(compiler_settings()) as worker:
             while not failures:
                 try:
                     index = waiting.get_nowait()
                 except queue.Empty:
                     return
                 try:
-                    report = _compile_one(worker, tasks[index], folder, scratch)
+                    report = _compile_one(worker, tasks[index], folder)
                 except Exception as error:
                     failures.append(error)
                     return
@@ -217,19 +223,24 @@ def _compile_missing(
                     if progress:
                         progress(report)
 
-    with tempfile.TemporaryDirectory(prefix="fastops-compile-") as scratch:
-        threads = [threading.Thread(target=serve, args=(scratch,), daemon=True) for _ in range(min(jobs, len(missing)))]
+    threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(jobs, len(missing)))]
+    try:
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+    except BaseException as error:  # Ctrl-C: let no thread take a further kernel
+        failures.append(error)
+        raise
     if failures:
         raise failures[0]
 
 
-def _compile_one(worker: _Worker, task: dict[str, Any], folder: Path, scratch: str) -> KernelReport:
-    artifacts = os.path.join(scratch, task["key"])
-    reply = worker.ask(task | {"artifacts": artifacts})
+def _compile_one(worker: Worker, task: dict[str, Any], folder: Path) -> KernelReport:
+    reply = worker.ask(task)
+    if reply.get("digest") != task["digest"] and not worker.fresh:
+        worker.close()  # it imported the module before the source changed
+        reply = worker.ask(task)
     if "crashed" in reply:
         return KernelReport(
             **{name: task[name] for name in (*LABELS, "target", "num_stages")},
@@ -238,8 +249,9 @@ def _compile_one(worker: _Worker, task: dict[str, Any], folder: Path, scratch: s
         )
     if "failed" in reply:
         raise InspectionError(f"case {task['name']!r}: {reply['failed']}")
-    # a source file edited since this process imported it: true, but not for this key
+    # the source was edited since this process imported it: true, but not for this key
     home = folder if reply["digest"] == task["digest"] else Path(_temporary_folder().name)
+    artifacts = worker.path(task["key"])
     try:
         return _keep(reply["report"], artifacts, home / task["key"])
     except OSError:  # the disk is full, or another user owns the folder
@@ -250,7 +262,8 @@ def _keep(report: dict[str, Any], artifacts: str, home: Path) -> KernelReport:
     """Move a report and its texts into the cache; the report last, because it makes the entry valid."""
     if report["error"] is None:
         for suffix in (".sass.gz", ".ptx.gz"):
-            _write(Path(artifacts + suffix).read_bytes(), home.with_suffix(suffix))
+            text = Path(artifacts + suffix)
+            _write(text.read_bytes(), home.with_suffix(suffix))
     _write(json.dumps(report).encode(), home.with_suffix(".json"))
     return KernelReport.from_json(report, str(home))
 
@@ -265,71 +278,3 @@ def _write(content: bytes, path: Path) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-
-
-class _Worker:
-    """One compiling process, started at the first task and again after a crash."""
-
-    def __init__(self, scratch: str) -> None:
-        self.scratch = scratch
-        self.process: subprocess.Popen[str] | None = None
-
-    def ask(self, task: dict[str, Any]) -> dict[str, Any]:
-        process = self.process = self.process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        timer = threading.Timer(SECONDS_PER_KERNEL, process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            process.stdin.write(json.dumps(task) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            timer.cancel()
-        if line:
-            return dict(json.loads(line))
-        code = process.wait()
-        self.close()
-        return {"crashed": f"the compiler process died ({_death(code)}) on this kernel\n{self._last_words()}".strip()}
-
-    def close(self) -> None:
-        """End the process."""
-        process, self.process = self.process, None
-        if process is None:
-            return
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        process.wait()
-
-    def _start(self) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {
-            "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
-            "TRITON_CACHE_DIR": os.path.join(self.scratch, "triton"),
-            "OMP_NUM_THREADS": "1",
-        }
-        self.errors = tempfile.TemporaryFile(mode="w+", dir=self.scratch)  # noqa: SIM115 - lives as long as the process
-        return subprocess.Popen(
-            [sys.executable, "-m", "fastops.inspection._worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env=environment,
-        )
-
-    def _last_words(self) -> str:
-        try:
-            self.errors.seek(0)
-            return "\n".join(self.errors.read().splitlines()[-12:])
-        except (OSError, ValueError):
-            return ""
-
-
-def _death(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
