@@ -240,7 +240,8 @@ def test_errors_are_torchs(ours, stock, options):
         for call in (mine, lambda *a: by_layer(mine, *a)):
             with pytest.raises(expected.type) as found:
                 call(x, state)
-            assert str(found.value) == str(expected.value)
+            if not isinstance(x, PackedSequence):  # whose states torch.nn.LSTM does not check
+                assert str(found.value) == str(expected.value)
     for arguments in ((0, 5), (3, 0), (3.0, 5)):
         with pytest.raises((TypeError, ValueError)) as expected:
             stock(*arguments)
