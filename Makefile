@@ -10,7 +10,7 @@ JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help install test test-all bench gpu lint format clean
+.PHONY: help install test test-all bench gpu inspect-matrix lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ bench: $(READY)  ## the benchmark: GPU timings where there is a GPU, CPU timings
 gpu: $(READY)  ## GPU tests, then the GPU suite; JSON as it goes under $$OUT (default bench-results/), under 9 minutes
 	$(PY) -m bench.gpu
 
+inspect-matrix: $(READY)  ## the static gate under Triton 3.6.0 and 3.9.0, installed side by side
+	@PY="$(PY)" .ci/inspect-matrix
+
 lint: $(READY)  ## ruff (check and format) and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -48,5 +51,5 @@ format: $(READY)  ## let ruff rewrite what it can
 	$(PY) -m ruff format .
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks bench-results build dist
+	rm -rf $(VENV) .venv-matrix .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks bench-results build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
