@@ -20,12 +20,14 @@ from torch import Tensor
 
 from fastops import _env, tuning
 from fastops.ops import attention_checks as checks
+from fastops.ops.attention_dropout import new_seed
+from fastops.ops.attention_ops import Attention
 from fastops.ops.attention_reference import Options, packed, reference, stock
 
 IMPLS = ("auto", "triton", "torch")
 _TABLE = tuning.load("attention")
 
-__all__ = ["Options", "explain_auto", "reference", "scaled_dot_product_attention", "varlen_attention"]
+__all__ = ["explain_auto", "reference", "scaled_dot_product_attention", "varlen_attention", "why_not"]
 
 
 def scaled_dot_product_attention(
@@ -85,23 +87,47 @@ def scaled_dot_product_attention(
     left, right = checks.bounds(window, is_causal)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     checks.check_dense(query, key, value, attn_mask, enable_gqa, key_lengths, query_lengths, alibi_slopes)
-    impl = _env.choose_impl(impl, IMPLS)
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
-    options = Options(scale, left, right, softcap, dropout_p)
-    out, lse = stock(
-        query,
-        key,
-        value,
-        attn_mask,
-        options,
-        key_lengths=key_lengths,
-        query_lengths=query_lengths,
-        alibi_slopes=alibi_slopes,
-        enable_gqa=enable_gqa,
-        return_lse=return_lse,
+    options = _options(query, scale, left, right, softcap, dropout_p)
+    impl = _engine(
+        impl, query, key, value, attn_mask, alibi_slopes, key_lengths, query_lengths, scale, options, packed=False
     )
-    return (out, lse) if return_lse else out
+    if impl == "torch":
+        out, lse = stock(
+            query,
+            key,
+            value,
+            attn_mask,
+            options,
+            key_lengths=key_lengths,
+            query_lengths=query_lengths,
+            alibi_slopes=alibi_slopes,
+            enable_gqa=enable_gqa,
+            return_lse=return_lse,
+        )
+        return (out, lse) if return_lse else out
+    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    shape = (*batch, _heads(query, key, value), *query.shape[-2:])
+    out, lse = Attention.apply(
+        *_four_dimensional(query, key, value, batch, enable_gqa),
+        _mask_of(attn_mask, batch),
+        _lengths_of(key_lengths),
+        _lengths_of(query_lengths),
+        _slopes_of(alibi_slopes, shape[-3]),
+        None,
+        None,
+        new_seed(query.device) if dropout_p else None,
+        query.shape[-2],
+        key.shape[-2],
+        options.scale,
+        options.left,
+        options.right,
+        options.softcap,
+        options.dropout_p,
+    )
+    out = out.reshape(shape) if query.dim() > 2 or batch else out.reshape(shape[-2:])
+    if return_lse:
+        return out, lse.reshape(out.shape[:-1])
+    return out
 
 
 def varlen_attention(
@@ -160,14 +186,204 @@ def varlen_attention(
     for label, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not isinstance(longest, (int, torch.SymInt)) or isinstance(longest, bool):
             raise TypeError(f"{name}(): argument '{label}' must be int, not {type(longest).__name__}")
-    impl = _env.choose_impl(impl, IMPLS)
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
-    options = Options(scale, left, right, softcap, dropout_p)
-    out, lse = packed(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, options, alibi_slopes=alibi_slopes, return_lse=return_lse
+    options = _options(query, scale, left, right, softcap, dropout_p)
+    impl = _engine(impl, query, key, value, None, alibi_slopes, None, None, scale, options, packed=True)
+    if impl == "torch":
+        out, lse = packed(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, options, alibi_slopes=alibi_slopes, return_lse=return_lse
+        )
+        return (out, lse) if return_lse else out
+    out, lse = Attention.apply(
+        query,
+        key,
+        value,
+        None,
+        None,
+        None,
+        _slopes_of(alibi_slopes, query.shape[1]),
+        _lengths_of(cu_seqlens_q),
+        _lengths_of(cu_seqlens_k),
+        new_seed(query.device) if dropout_p else None,
+        max_seqlen_q,
+        max_seqlen_k,
+        options.scale,
+        options.left,
+        options.right,
+        options.softcap,
+        options.dropout_p,
     )
     return (out, lse) if return_lse else out
+
+
+def _options(query: Tensor, scale: float | None, left: int, right: int, softcap: float, dropout_p: float) -> Options:
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
+    farthest = 2**30  # beyond any length, and sums with it stay in 32 bits
+    return Options(float(scale), min(left, farthest), min(right, farthest), float(softcap), float(dropout_p))
+
+
+def why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    scale: float | None = None,
+) -> str | None:
+    """Why the Triton kernels cannot compute this call, or None where they can; from metadata alone."""
+    reason = _env.why_no_triton(query.device)
+    if reason:
+        return reason
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels take fp16, bf16 and fp32, not {query.dtype}"
+    if query.dtype == torch.bfloat16 and _env.interpreting():
+        return "Triton's interpreter computes bf16 wrongly"
+    if not 1 <= query.shape[-1] <= 256:
+        return f"the kernels take head dims 1 to 256, not {query.shape[-1]}"
+    if value.shape[-1] != query.shape[-1]:
+        return f"the kernels need the head dim of value ({value.shape[-1]}) to be that of query ({query.shape[-1]})"
+    if scale is not None and scale <= 0:
+        return f"the kernels need a positive scale, not {scale}"
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        return "the kernels give no gradient to alibi_slopes"
+    return None
+
+
+def _engine(
+    impl: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    key_lengths: Tensor | None,
+    query_lengths: Tensor | None,
+    scale: float | None,
+    options: Options,
+    *,
+    packed: bool,
+) -> str:
+    """The engine, torch or triton; KernelUnavailable where the latter was asked for and cannot run."""
+    asked = impl
+    impl = _env.choose_impl(impl, IMPLS)
+    if impl == "torch" or (impl == "auto" and query.device.type != "cuda"):
+        return "torch"
+    reason = why_not(query, key, value, attn_mask, alibi_slopes, scale)
+    if reason is not None:
+        if asked == "triton":
+            raise _env.KernelUnavailable(f"attention with impl='triton': {reason}")
+        return "torch"
+    if impl == "triton":
+        return "triton"
+    tensors = [x for x in (query, key, value, attn_mask) if x is not None]
+    return tuning.choose(
+        _TABLE,
+        facts(
+            head_dim=query.shape[-1],
+            q_len=query.shape[-2],
+            dtype=query.dtype,
+            sm=_sm(query.device),
+            mask="none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "float",
+            lengths=key_lengths is not None or query_lengths is not None,
+            alibi=alibi_slopes is not None,
+            grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+            options=options,
+            packed=packed,
+        ),
+    ).engine
+
+
+def facts(
+    *,
+    head_dim: int,
+    q_len: int,
+    dtype: torch.dtype,
+    sm: int,
+    mask: str = "none",
+    lengths: bool = False,
+    alibi: bool = False,
+    grad: bool = False,
+    options: Options,
+    packed: bool = False,
+) -> dict[str, Any]:
+    """What the tuning table may ask about a call."""
+    return {
+        "head_dim": head_dim,
+        "head_dim_mod_8": head_dim % 8,
+        "q_len": q_len,
+        "dtype": str(dtype).removeprefix("torch."),
+        "sm": sm,
+        "mask": mask,
+        "lengths": lengths,
+        "alibi": alibi,
+        "grad": grad,
+        "causal": options.right == 0 and options.left < 0,
+        "window": options.left >= 0 or options.right > 0,
+        "softcap": options.softcap > 0,
+        "dropout": options.dropout_p > 0,
+        "packed": packed,
+    }
+
+
+def _sm(device: torch.device) -> int:
+    major, minor = _env.capability(_env.index_of(device))
+    return 10 * major + minor
+
+
+def _heads(query: Tensor, key: Tensor, value: Tensor) -> int:
+    return max(x.shape[-3] if x.dim() > 2 else 1 for x in (query, key, value))
+
+
+def _four_dimensional(
+    query: Tensor, key: Tensor, value: Tensor, batch: tuple[int, ...], enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, H, S, D) of each, without a copy where one leading dimension is all there is."""
+    heads = _heads(query, key, value)
+    kv_heads = max(x.shape[-3] if x.dim() > 2 else 1 for x in (key, value))
+    if not enable_gqa and kv_heads != heads and kv_heads != 1:
+        kv_heads = heads
+
+    def flat(x: Tensor, wanted: int) -> Tensor:
+        while x.dim() < 3:
+            x = x[None]
+        if x.shape[-3] != wanted:
+            x = (
+                x.expand(*x.shape[:-3], wanted, *x.shape[-2:])
+                if x.shape[-3] == 1
+                else x.repeat_interleave(wanted // x.shape[-3], -3)
+            )
+        x = x.expand(*batch, *x.shape[-3:])
+        if len(batch) == 1:
+            return x
+        return x[None] if not batch else x.flatten(0, len(batch) - 1)
+
+    return flat(query, heads), flat(key, kv_heads), flat(value, kv_heads)
+
+
+def _mask_of(attn_mask: Tensor | None, batch: tuple[int, ...]) -> Tensor | None:
+    """The mask with four dimensions, those it broadcasts over kept at 1."""
+    if attn_mask is None:
+        return None
+    while attn_mask.dim() < 4:
+        attn_mask = attn_mask[None]
+    if attn_mask.dim() > 4:
+        if all(size == 1 for size in attn_mask.shape[:-3]):
+            return attn_mask.flatten(0, -4)
+        attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
+    return attn_mask
+
+
+def _lengths_of(lengths: Tensor | None) -> Tensor | None:
+    """One contiguous row of int32 or int64."""
+    if lengths is None:
+        return None
+    if lengths.dtype not in (torch.int32, torch.int64):
+        lengths = lengths.to(torch.int32)
+    return lengths.reshape(-1).contiguous()
+
+
+def _slopes_of(slopes: Tensor | None, heads: int) -> Tensor | None:
+    return None if slopes is None else slopes.detach().reshape(-1, heads)
 
 
 def _autocast(
@@ -185,6 +401,32 @@ def _autocast(
     return cast(query), cast(key), cast(value), None if attn_mask is None else cast(attn_mask)
 
 
+# what `fastops env` shows: the call in words, and its facts
+_EXAMPLES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        "BERT, D=64, lengths, dropout, training",
+        {"lengths": True, "grad": True, "options": Options(0.125, dropout_p=0.1)},
+    ),
+    ("BERT, D=64, lengths, inference", {"lengths": True}),
+    ("D=64, bool mask, dropout, training", {"mask": "bool", "grad": True, "options": Options(0.125, dropout_p=0.1)}),
+    ("D=64, bool mask, inference", {"mask": "bool"}),
+    ("D=64, S=512, no mask, inference", {}),
+    ("D=64, S=4096, no mask", {"q_len": 4096}),
+    ("D=128, causal", {"head_dim": 128, "q_len": 4096, "options": Options(0.125, right=0)}),
+    ("D=128, window 4096", {"head_dim": 128, "q_len": 8192, "options": Options(0.125, 4096, 0)}),
+    ("D=128, softcap, causal", {"head_dim": 128, "options": Options(0.125, right=0, softcap=50.0)}),
+    ("D=64, ALiBi", {"alibi": True}),
+    ("D=64, packed", {"packed": True}),
+    ("D=256, no mask", {"head_dim": 256}),
+    ("fp32", {"dtype": torch.float32}),
+)
+
+
 def explain_auto() -> list[dict[str, str]]:
-    """What "auto" does with typical calls on a GPU, and why."""
-    return []
+    """What "auto" does with typical calls on an H100, and why."""
+    rows = []
+    for example, given in _EXAMPLES:
+        usual = {"head_dim": 64, "q_len": 512, "dtype": torch.bfloat16, "sm": 90, "options": Options(0.125)}
+        row = tuning.choose(_TABLE, facts(**{**usual, **given}))
+        rows.append({"op": "attention", "example": example, "engine": row.engine, "why": f"{row.why} ({row.mark})"})
+    return rows

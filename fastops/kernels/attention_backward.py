@@ -1,0 +1,396 @@
+"""Attention backward without atomics: a row kernel for delta, one kernel for dQ, one for dK and dV.
+
+With P = exp(S - LSE): dV = P^T dO, dS = P (dO V^T - delta), dQ = scale dS K, dK = scale dS^T Q, where delta =
+rowsum(dO O) minus the gradient of the LSE. With dropout P is kept or zeroed in dV, so is dO V^T in dS, and the factor
+1 / keep probability is in the last scaling (delta carries the keep probability instead).
+
+lse2 = LSE log2(e), and +inf where a row sees no key or does not exist, so that exp2(S - lse2) is 0 there unmasked.
+lse2 and delta have rows padded to a multiple of 128: their loads need no mask, which would make each 4-byte copies.
+"""
+
+import triton
+import triton.language as tl
+
+from fastops.kernels.attention_dropout import dropout_keys, keep_mask, opaque
+from fastops.kernels.attention_tiles import (
+    LOG2E,
+    biased_scores,
+    load_rows,
+    padded_row,
+    sequence,
+    store_rows,
+    visible_tile,
+)
+
+
+@triton.jit(do_not_specialize=["tiles_m", "H", "Sq"])
+def attention_delta_kernel(
+    o_ptr, stride_ob, stride_oh, stride_os,  # (B, H, Sq, D)
+    g_ptr, stride_gb, stride_gh, stride_gs,  # (B, H, Sq, D), gradient of O
+    lse_ptr, stride_lb, stride_lh, stride_ls,  # (B, H, Sq) fp32
+    grad_lse_ptr, stride_glb, stride_glh, stride_gls,  # (B, H, Sq) fp32
+    lse2_ptr, delta_ptr,  # padded rows, fp32
+    query_lengths_ptr, cu_q_ptr,
+    tiles_m, H, Sq, Sq_pad, keep_probability,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr, HAS_QUERY_LENGTHS: tl.constexpr, VARLEN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    batch_head = tl.program_id(0) // tiles_m
+    start_m = tl.program_id(0) % tiles_m * BLOCK_M
+    batch = batch_head // H
+    head = batch_head % H
+    q_first, _, q_len, _, _ = sequence(
+        batch, Sq, Sq, cu_q_ptr, cu_q_ptr, query_lengths_ptr, query_lengths_ptr, False, HAS_QUERY_LENGTHS, VARLEN
+    )
+    if VARLEN:
+        if start_m >= q_len:
+            return
+    o = load_rows(o_ptr, batch, head, q_first, start_m, q_len, stride_ob, stride_oh, stride_os,
+                  BLOCK_M, HEAD_DIM, BLOCK_D, False, WIDE, True).to(tl.float32)  # fmt: skip
+    g = load_rows(g_ptr, batch, head, q_first, start_m, q_len, stride_gb, stride_gh, stride_gs,
+                  BLOCK_M, HEAD_DIM, BLOCK_D, False, WIDE, True).to(tl.float32)  # fmt: skip
+    rows = start_m + tl.arange(0, BLOCK_M)
+    at = (q_first + rows).to(tl.int64)
+    head_base = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh
+    lse = tl.load(lse_ptr + head_base + at * stride_ls, mask=rows < q_len, other=float("-inf"))
+    delta = tl.sum(o * g, 1)
+    if HAS_GRAD_LSE:
+        head_base = batch.to(tl.int64) * stride_glb + head.to(tl.int64) * stride_glh
+        delta = delta - tl.load(grad_lse_ptr + head_base + at * stride_gls, mask=rows < q_len, other=0.0)
+    empty = lse == float("-inf")
+    target = padded_row(batch, batch_head, q_first, Sq_pad, H, VARLEN) + rows
+    tl.store(delta_ptr + target, tl.where(empty, 0.0, delta * keep_probability))
+    tl.store(lse2_ptr + target, tl.where(empty, float("inf"), lse * LOG2E))
+
+
+@triton.jit(do_not_specialize=["tiles_n", "H", "Sq", "Sk", "left", "right", "threshold"])
+def attention_dkdv_kernel(
+    q_source, stride_qb, stride_qh, stride_qs,  # (B, H, Sq, D)
+    k_source, stride_kb, stride_kh, stride_ks,  # (B, Hk, Sk, D)
+    v_source, stride_vb, stride_vh, stride_vs,  # (B, Hk, Sk, D)
+    g_source, stride_gb, stride_gh, stride_gs,  # (B, H, Sq, D)
+    dk_ptr, stride_dkb, stride_dkh, stride_dks,  # (B, Hk, Sk, D)
+    dv_ptr, stride_dvb, stride_dvh, stride_dvs,  # (B, Hk, Sk, D)
+    lse2_ptr, delta_ptr,  # padded rows, fp32
+    mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,  # (B, H, Sq, Sk) bool or float
+    key_lengths_ptr, query_lengths_ptr, cu_q_ptr, cu_k_ptr,
+    slopes_ptr, stride_slope,  # (B, H) fp32
+    seed_ptr,  # (1,) int64
+    tiles_n, H, Sq, Sq_pad, Sk, scale, grad_scale, value_scale, softcap, left, right, threshold,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_QUERY_LENGTHS: tl.constexpr,
+    VARLEN: tl.constexpr, DROPOUT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch_kv_head = tl.program_id(0) // tiles_n
+    start_n = tl.program_id(0) % tiles_n * BLOCK_N
+    batch = batch_kv_head // (H // GROUP)
+    kv_head = batch_kv_head % (H // GROUP)
+    q_first, k_first, q_len, k_len, shift = sequence(
+        batch, Sq, Sk, cu_q_ptr, cu_k_ptr, query_lengths_ptr, key_lengths_ptr, HAS_LENGTHS, HAS_QUERY_LENGTHS, VARLEN
+    )
+    if VARLEN:
+        if start_n >= k_len:
+            return
+    end = q_len
+    if HAS_LENGTHS:
+        # a tile of dead keys does no work and writes zeros
+        end = tl.where(start_n < k_len, q_len, 0)
+    k = load_rows(k_source, batch, kv_head, k_first, start_n, k_len, stride_kb, stride_kh, stride_ks,
+                  BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, True)  # fmt: skip
+    v = load_rows(v_source, batch, kv_head, k_first, start_n, k_len, stride_vb, stride_vh, stride_vs,
+                  BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, True)  # fmt: skip
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    first = 0
+    masked_end = 0
+    if CAUSAL:
+        first = tl.maximum(start_n - shift - right, 0) // BLOCK_M * BLOCK_M
+        masked_end = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - shift - right, 0), BLOCK_M) * BLOCK_M
+        masked_end = tl.minimum(masked_end, end)
+    if WINDOW:
+        end = tl.minimum(end, start_n + BLOCK_N - shift + left)
+        masked_end = end
+    if GROUP == 1:
+        dk, dv = dkdv_head(
+            dk, dv, k, v, q_source, stride_qb, stride_qh, stride_qs, g_source, stride_gb, stride_gh, stride_gs,
+            lse2_ptr, delta_ptr, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn, slopes_ptr, stride_slope,
+            seed_ptr, batch, kv_head, H, q_first, start_n, first, masked_end, end, q_len, k_len, shift, Sq_pad,
+            scale, softcap, left, right, threshold,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, VARLEN, DROPOUT, SOFTCAP, ALIBI, MASK, MASK_ROWS,
+            TMA, WIDE, PRECISION,
+        )  # fmt: skip
+    else:
+        for member in range(GROUP):
+            dk, dv = dkdv_head(
+                dk, dv, k, v, q_source, stride_qb, stride_qh, stride_qs, g_source, stride_gb, stride_gh, stride_gs,
+                lse2_ptr, delta_ptr, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn, slopes_ptr, stride_slope,
+                seed_ptr, batch, kv_head * GROUP + member, H, q_first, start_n, first, masked_end, end, q_len, k_len,
+                shift, Sq_pad, scale, softcap, left, right, threshold,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, VARLEN, DROPOUT, SOFTCAP, ALIBI, MASK, MASK_ROWS,
+                TMA, WIDE, PRECISION,
+            )  # fmt: skip
+    row_end = k_len
+    if HAS_LENGTHS:
+        # read again (volatile: not merged with the first) rather than kept: one register less through the loop
+        again = tl.load(key_lengths_ptr + tl.program_id(0) // tiles_n // (H // GROUP), volatile=True)
+        k_len = tl.maximum(tl.minimum(again.to(tl.int32), Sk), 0)
+        row_end = Sk
+    # rows of dead keys hold anything (their scores are not in the LSE): select, do not multiply
+    live = start_n + tl.arange(0, BLOCK_N)[:, None] < k_len
+    store_rows(dk_ptr, tl.where(live, dk * grad_scale, 0.0), batch, kv_head, k_first, start_n, row_end,
+               stride_dkb, stride_dkh, stride_dks, BLOCK_N, HEAD_DIM, BLOCK_D)  # fmt: skip
+    store_rows(dv_ptr, tl.where(live, dv * value_scale, 0.0), batch, kv_head, k_first, start_n, row_end,
+               stride_dvb, stride_dvh, stride_dvs, BLOCK_N, HEAD_DIM, BLOCK_D)  # fmt: skip
+
+
+@triton.jit
+def dkdv_head(
+    dk, dv, k, v, q_source, stride_qb, stride_qh, stride_qs, g_source, stride_gb, stride_gh, stride_gs,
+    lse2_ptr, delta_ptr, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn, slopes_ptr, stride_slope,
+    seed_ptr, batch, head, H, q_first, start_n, first, masked_end, end, q_len, k_len, shift, Sq_pad,
+    scale, softcap, left, right, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VARLEN: tl.constexpr, DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one query head adds: the tiles the diagonal (or window) crosses, then the full ones."""
+    batch_head = batch * H + head
+    base = padded_row(batch, batch_head, q_first, Sq_pad, H, VARLEN)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + batch * stride_slope + head)
+    mask_base = mask_ptr
+    if MASK:
+        mask_base = mask_ptr + batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
+    keys = (0, 0)
+    if DROPOUT:
+        keys = dropout_keys(seed_ptr, batch_head)
+    begin = 0
+    if CAUSAL or WINDOW:
+        for start_m in range(first, masked_end, BLOCK_M):
+            dk, dv = dkdv_tile(
+                dk, dv, k, v, q_source, stride_qb, stride_qh, stride_qs, g_source, stride_gb, stride_gh, stride_gs,
+                lse2_ptr + base, delta_ptr + base, mask_base, stride_mm, stride_mn, slope, keys,
+                batch, head, q_first, start_m, start_n, q_len, k_len, shift, scale, softcap, left, right, threshold,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, True, DROPOUT, SOFTCAP, ALIBI, MASK, MASK_ROWS,
+                TMA, WIDE, PRECISION,
+            )  # fmt: skip
+        begin = tl.maximum(masked_end, first)
+    if not WINDOW:
+        for start_m in range(begin, end, BLOCK_M):
+            dk, dv = dkdv_tile(
+                dk, dv, k, v, q_source, stride_qb, stride_qh, stride_qs, g_source, stride_gb, stride_gh, stride_gs,
+                lse2_ptr + base, delta_ptr + base, mask_base, stride_mm, stride_mn, slope, keys,
+                batch, head, q_first, start_m, start_n, q_len, k_len, shift, scale, softcap, left, right, threshold,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, False, DROPOUT, SOFTCAP, ALIBI, MASK, MASK_ROWS,
+                TMA, WIDE, PRECISION,
+            )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit
+def dkdv_tile(
+    dk, dv, k, v, q_source, stride_qb, stride_qh, stride_qs, g_source, stride_gb, stride_gh, stride_gs,
+    lse2_base, delta_base, mask_base, stride_mm, stride_mn, slope, keys,
+    batch, head, q_first, start_m, start_n, q_len, k_len, shift, scale, softcap, left, right, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # tiles are (keys, queries): P and dS stay in registers as left operands
+    start_m = tl.multiple_of(start_m, BLOCK_M)
+    q_local = tl.arange(0, BLOCK_M)[None, :]
+    k_local = tl.arange(0, BLOCK_N)[:, None]
+    q = load_rows(q_source, batch, head, q_first, start_m, q_len, stride_qb, stride_qh, stride_qs,
+                  BLOCK_M, HEAD_DIM, BLOCK_D, TMA, WIDE, True)  # fmt: skip
+    g = load_rows(g_source, batch, head, q_first, start_m, q_len, stride_gb, stride_gh, stride_gs,
+                  BLOCK_M, HEAD_DIM, BLOCK_D, TMA, WIDE, True)  # fmt: skip
+    padded = start_m + tl.arange(0, BLOCK_M)
+    lse2 = tl.load(lse2_base + padded)[None, :]
+    delta = tl.load(delta_base + padded)[None, :]
+    if DROPOUT:
+        keep = keep_mask(keys, start_m, q_local, start_n, k_local, threshold)
+    scores = tl.dot(k, q.T, input_precision=PRECISION)
+    dp = tl.dot(v, g.T, input_precision=PRECISION)
+    if SOFTCAP or ALIBI or MASK != 0:
+        scores, bend = biased_scores(
+            scores, start_m + q_local, start_n + k_local, scale, softcap, slope, mask_base, stride_mm, stride_mn,
+            q_len, k_len, shift, SOFTCAP, ALIBI, MASK, MASK_ROWS,
+        )  # fmt: skip
+        p = tl.math.exp2(scores - lse2)
+    else:
+        p = tl.math.exp2(scores * (scale * LOG2E) - lse2)
+    if MASKED:
+        visible = visible_tile(start_m + q_local, start_n + k_local, k_len, shift, left, right, CAUSAL, WINDOW)
+        p = tl.where(visible, p, 0.0)
+    if DROPOUT:
+        dropped = opaque(tl.where(keep, p, 0.0)).to(g.dtype)
+        dp = tl.where(keep, dp, 0.0)
+    else:
+        dropped = p.to(g.dtype)
+    dv = tl.dot(dropped, g, dv, input_precision=PRECISION)
+    ds = p * (dp - delta)
+    if SOFTCAP:
+        ds = ds * bend
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["tiles_m", "H", "Sq", "Sk", "left", "right", "threshold"])
+def attention_dq_kernel(
+    q_source, stride_qb, stride_qh, stride_qs,  # (B, H, Sq, D)
+    k_source, stride_kb, stride_kh, stride_ks,  # (B, Hk, Sk, D)
+    v_source, stride_vb, stride_vh, stride_vs,  # (B, Hk, Sk, D)
+    g_source, stride_gb, stride_gh, stride_gs,  # (B, H, Sq, D)
+    dq_ptr, stride_dqb, stride_dqh, stride_dqs,  # (B, H, Sq, D)
+    lse2_ptr, delta_ptr,  # padded rows, fp32
+    mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,  # (B, H, Sq, Sk) bool or float
+    key_lengths_ptr, query_lengths_ptr, cu_q_ptr, cu_k_ptr,
+    slopes_ptr, stride_slope,  # (B, H) fp32
+    seed_ptr,  # (1,) int64
+    tiles_m, H, Sq, Sq_pad, Sk, scale, grad_scale, softcap, left, right, threshold,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_QUERY_LENGTHS: tl.constexpr,
+    VARLEN: tl.constexpr, DROPOUT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch_head = tl.program_id(0) // tiles_m
+    tile_m = tl.program_id(0) % tiles_m
+    if CAUSAL:
+        tile_m = tiles_m - 1 - tile_m
+    start_m = tile_m * BLOCK_M
+    batch = batch_head // H
+    head = batch_head % H
+    kv_head = head // GROUP
+    q_first, k_first, q_len, k_len, shift = sequence(
+        batch, Sq, Sk, cu_q_ptr, cu_k_ptr, query_lengths_ptr, key_lengths_ptr, HAS_LENGTHS, HAS_QUERY_LENGTHS, VARLEN
+    )
+    if VARLEN:
+        if start_m >= q_len:
+            return
+    end = k_len
+    if HAS_QUERY_LENGTHS:
+        end = tl.where(start_m < q_len, end, 0)
+    if CAUSAL:
+        end = tl.minimum(end, start_m + BLOCK_M + shift + right)
+    # tiles from `full` up need a mask, and with WINDOW those below `full_begin`; `begin` is the first tile
+    full = tl.maximum(tl.minimum(end, k_len // BLOCK_N * BLOCK_N), 0)
+    if CAUSAL:
+        full = tl.minimum(full, tl.maximum(start_m + shift + right + 1, 0))
+    full = full // BLOCK_N * BLOCK_N
+    begin = 0
+    full_begin = 0
+    if WINDOW:
+        begin = tl.maximum(start_m + shift - left, 0) // BLOCK_N * BLOCK_N
+        full = tl.maximum(full, begin)
+        full_begin = tl.cdiv(tl.maximum(start_m + BLOCK_M - 1 + shift - left, 0), BLOCK_N) * BLOCK_N
+        full_begin = tl.minimum(full_begin, full)
+    padded = padded_row(batch, batch_head, q_first, Sq_pad, H, VARLEN) + start_m + tl.arange(0, BLOCK_M)
+    q = load_rows(q_source, batch, head, q_first, start_m, q_len, stride_qb, stride_qh, stride_qs,
+                  BLOCK_M, HEAD_DIM, BLOCK_D, TMA, WIDE, True)  # fmt: skip
+    g = load_rows(g_source, batch, head, q_first, start_m, q_len, stride_gb, stride_gh, stride_gs,
+                  BLOCK_M, HEAD_DIM, BLOCK_D, TMA, WIDE, True)  # fmt: skip
+    lse2 = tl.load(lse2_ptr + padded)
+    delta = tl.load(delta_ptr + padded)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + batch * stride_slope + head)
+    mask_base = mask_ptr
+    if MASK:
+        mask_base = mask_ptr + batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
+    keys = (0, 0)
+    if DROPOUT:
+        keys = dropout_keys(seed_ptr, batch_head)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start_n in range(full, end, BLOCK_N):
+        dq = dq_tile(
+            dq, q, g, lse2, delta, k_source, stride_kb, stride_kh, stride_ks, v_source, stride_vb, stride_vh,
+            stride_vs, mask_base, stride_mm, stride_mn, slope, keys, batch, kv_head, k_first, start_m, start_n,
+            q_len, k_len, shift, scale, softcap, left, right, threshold,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, HAS_LENGTHS, True, DROPOUT, SOFTCAP, ALIBI, MASK,
+            MASK_ROWS, TMA, WIDE, PRECISION,
+        )  # fmt: skip
+    for start_n in range(full_begin, full, BLOCK_N):
+        dq = dq_tile(
+            dq, q, g, lse2, delta, k_source, stride_kb, stride_kh, stride_ks, v_source, stride_vb, stride_vh,
+            stride_vs, mask_base, stride_mm, stride_mn, slope, keys, batch, kv_head, k_first, start_m, start_n,
+            q_len, k_len, shift, scale, softcap, left, right, threshold,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, HAS_LENGTHS, False, DROPOUT, SOFTCAP, ALIBI, MASK,
+            MASK_ROWS, TMA, WIDE, PRECISION,
+        )  # fmt: skip
+    if WINDOW:
+        for start_n in range(begin, full_begin, BLOCK_N):
+            dq = dq_tile(
+                dq, q, g, lse2, delta, k_source, stride_kb, stride_kh, stride_ks, v_source, stride_vb, stride_vh,
+                stride_vs, mask_base, stride_mm, stride_mn, slope, keys, batch, kv_head, k_first, start_m, start_n,
+                q_len, k_len, shift, scale, softcap, left, right, threshold,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, HAS_LENGTHS, True, DROPOUT, SOFTCAP, ALIBI, MASK,
+                MASK_ROWS, TMA, WIDE, PRECISION,
+            )  # fmt: skip
+    row_end = q_len
+    if HAS_QUERY_LENGTHS:
+        row_end = Sq
+    store_rows(dq_ptr, dq * grad_scale, batch, head, q_first, start_m, row_end, stride_dqb, stride_dqh, stride_dqs,
+               BLOCK_M, HEAD_DIM, BLOCK_D)  # fmt: skip
+
+
+@triton.jit
+def dq_tile(
+    dq, q, g, lse2, delta, k_source, stride_kb, stride_kh, stride_ks, v_source, stride_vb, stride_vh, stride_vs,
+    mask_base, stride_mm, stride_mn, slope, keys, batch, kv_head, k_first, start_m, start_n, q_len, k_len, shift,
+    scale, softcap, left, right, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_LENGTHS: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    k = load_rows(k_source, batch, kv_head, k_first, start_n, k_len, stride_kb, stride_kh, stride_ks,
+                  BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, MASKED)  # fmt: skip
+    v = load_rows(v_source, batch, kv_head, k_first, start_n, k_len, stride_vb, stride_vh, stride_vs,
+                  BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, MASKED)  # fmt: skip
+    if MASKED and TMA and HAS_LENGTHS:
+        # rows past the length hold anything, and 0 x NaN is NaN
+        k = tl.where(tl.arange(0, BLOCK_N)[:, None] < k_len - start_n, k, 0.0)
+    ds = score_gradient(
+        q, g, k, v, lse2, delta, mask_base, stride_mm, stride_mn, slope, keys, start_m, start_n, q_len, k_len, shift,
+        scale, softcap, left, right, threshold,
+        BLOCK_M, BLOCK_N, CAUSAL, WINDOW, MASKED, DROPOUT, SOFTCAP, ALIBI, MASK, MASK_ROWS, PRECISION, SOFTCAP,
+    )  # fmt: skip
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def score_gradient(
+    q, g, k, v, lse2, delta, mask_base, stride_mm, stride_mn, slope, keys, start_m, start_n, q_len, k_len, shift,
+    scale, softcap, left, right, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, BEND: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the scores of one tile, (queries, keys). BEND: through the softcap, else the gradient after it."""
+    q_local = tl.arange(0, BLOCK_M)[:, None]
+    k_local = tl.arange(0, BLOCK_N)[None, :]
+    rows = start_m + q_local
+    columns = start_n + k_local
+    scores = tl.dot(q, k.T, input_precision=PRECISION)
+    dp = tl.dot(g, v.T, input_precision=PRECISION)
+    if SOFTCAP or ALIBI or MASK != 0:
+        scores, bend = biased_scores(
+            scores, rows, columns, scale, softcap, slope, mask_base, stride_mm, stride_mn, q_len, k_len, shift,
+            SOFTCAP, ALIBI, MASK, MASK_ROWS,
+        )  # fmt: skip
+        p = tl.math.exp2(scores - lse2[:, None])
+    else:
+        p = tl.math.exp2(scores * (scale * LOG2E) - lse2[:, None])
+    if DROPOUT:
+        dp = tl.where(keep_mask(keys, start_m, q_local, start_n, k_local, threshold), dp, 0.0)
+    ds = p * (dp - delta[:, None])
+    if BEND:
+        ds = ds * bend
+    if MASKED:
+        # P and dP of hidden elements may be anything, NaN included
+        ds = tl.where(visible_tile(rows, columns, k_len, shift, left, right, CAUSAL, WINDOW), ds, 0.0)
+    return ds

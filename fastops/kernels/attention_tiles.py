@@ -1,0 +1,145 @@
+"""What the attention kernels share: where a sequence lies, loading tiles, and what changes scores before the softmax.
+
+Shape letters: B sequences, H query heads, Hk = H / GROUP key heads, Sq queries, Sk keys, D head dim (BLOCK_D its power
+of two). A `source` is a pointer, or with TMA a host tensor descriptor over (B, H, S, D).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def sequence(
+    batch, Sq, Sk, cu_q_ptr, cu_k_ptr, query_lengths_ptr, key_lengths_ptr,
+    HAS_LENGTHS: tl.constexpr, HAS_QUERY_LENGTHS: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """First query row, first key row, live queries, live keys, and the key position of query 0."""
+    q_first = 0
+    k_first = 0
+    q_len = Sq
+    k_len = Sk
+    shift = 0
+    if VARLEN:
+        q_first = tl.load(cu_q_ptr + batch)
+        k_first = tl.load(cu_k_ptr + batch)
+        q_len = tl.minimum((tl.load(cu_q_ptr + batch + 1) - q_first).to(tl.int32), Sq)
+        k_len = tl.minimum((tl.load(cu_k_ptr + batch + 1) - k_first).to(tl.int32), Sk)
+        shift = k_len - q_len
+    if HAS_LENGTHS:
+        k_len = tl.maximum(tl.minimum(tl.load(key_lengths_ptr + batch).to(tl.int32), Sk), 0)
+    if HAS_QUERY_LENGTHS:
+        q_len = tl.maximum(tl.minimum(tl.load(query_lengths_ptr + batch).to(tl.int32), Sq), 0)
+    return q_first, k_first, q_len, k_len, shift
+
+
+@triton.jit
+def padded_row(batch, batch_head, q_first, Sq_pad, H, VARLEN: tl.constexpr):
+    """Where the rows of one batch and head start in lse2 and delta, a multiple of 128.
+
+    Dense: (B, H, Sq_pad). Packed: (H, total_q padded by 128 for each sequence), so that no two sequences share a tile.
+    """
+    if VARLEN:
+        return (batch_head % H).to(tl.int64) * Sq_pad + (q_first + 128 * batch).to(tl.int64) // 128 * 128
+    else:
+        return batch_head.to(tl.int64) * Sq_pad
+
+
+@triton.jit
+def load_rows(
+    source, batch, head, first, start, rows_end, stride_b, stride_h, stride_s,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr, WIDE: tl.constexpr, BOUND: tl.constexpr,
+):  # fmt: skip
+    """Rows start.. of one head, (BLOCK, BLOCK_D); zeros past rows_end (TMA: past the tensor) where BOUND."""
+    if TMA:
+        return source.load([batch, head, start, 0]).reshape(BLOCK, BLOCK_D)
+    else:
+        # a 64-bit base and 32-bit offsets inside the tile take half the address registers
+        base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+        base += (tl.cast(first, tl.int64) + start) * stride_s
+        local = tl.arange(0, BLOCK)[:, None]
+        columns = tl.arange(0, BLOCK_D)[None, :]
+        if WIDE:
+            pointers = base + local.to(tl.int64) * stride_s + columns
+        else:
+            pointers = base + local * stride_s + columns
+        if BOUND and HEAD_DIM != BLOCK_D:
+            return tl.load(pointers, mask=(local < rows_end - start) & (columns < HEAD_DIM), other=0.0)
+        elif BOUND:
+            return tl.load(pointers, mask=local < rows_end - start, other=0.0)
+        elif HEAD_DIM != BLOCK_D:
+            return tl.load(pointers, mask=columns < HEAD_DIM, other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(
+    target_ptr, tile, batch, head, first, start, rows_end, stride_b, stride_h, stride_s,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    base = target_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    base += (tl.cast(first, tl.int64) + start) * stride_s
+    local = tl.arange(0, BLOCK)[:, None]
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    live = local < rows_end - start
+    if HEAD_DIM != BLOCK_D:
+        live = live & (columns < HEAD_DIM)
+    tl.store(base + local.to(tl.int64) * stride_s + columns, tile.to(target_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def visible_tile(
+    rows, columns, k_len, shift, left, right,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """True where query `rows` sees key `columns` (index tensors that broadcast to the tile)."""
+    if CAUSAL:
+        visible = columns < tl.minimum(k_len, rows + (shift + right + 1))
+    else:
+        visible = columns < k_len + rows * 0
+    if WINDOW:
+        visible = visible & (columns >= rows + (shift - left))
+    return visible
+
+
+@triton.jit
+def precise_tanh(x):
+    """Hyperbolic tangent of fp32: a polynomial near 0, where 1 - exp(-2x) cancels."""
+    square = x * x
+    small = x * (1.0 + square * (-0.33333333 + square * (0.13333333 + square * (-0.053968254 + square * 0.021869489))))
+    return tl.where(square < 0.0625, small, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+@triton.jit
+def biased_scores(
+    scores, rows, columns, scale, softcap, slope, mask_base, stride_mm, stride_mn, q_len, k_len, shift,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Raw scores to biased ones times log2(e), and the derivative of the softcap.
+
+    MASK: 0 none, 1 bool, 2 float. MASK_ROWS: the mask differs from row to row; else one row of it serves the tile.
+    """
+    bend = scores
+    if SOFTCAP:
+        t = precise_tanh(scores * (scale / softcap))
+        bend = 1.0 - t * t
+        scores = t * (softcap * LOG2E)
+    else:
+        scores = scores * (scale * LOG2E)
+    if ALIBI:
+        scores = scores - (slope * LOG2E) * tl.abs(rows + shift - columns).to(tl.float32)
+    if MASK:
+        at = mask_base + columns.to(tl.int64) * stride_mn
+        live = columns < k_len
+        if MASK_ROWS:
+            at = at + rows.to(tl.int64) * stride_mm
+            live = live & (rows < q_len)
+        if MASK == 1:
+            scores = tl.where(tl.load(at, mask=live, other=0) != 0, scores, float("-inf"))
+        else:
+            scores = scores + tl.load(at, mask=live, other=0.0).to(tl.float32) * LOG2E
+    return scores, bend
