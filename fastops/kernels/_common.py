@@ -24,7 +24,10 @@ def relu(x):
 @triton.jit
 def tanh(x):
     """Hyperbolic tangent of an fp32 tensor; libdevice's is not there in the interpreter."""
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    # of the negative magnitude, so that nothing overflows and small arguments lose the fewest bits
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0.0, -t, t)
 
 
 def dot_precision(dtype: torch.dtype, tf32_allowed: bool) -> str:

@@ -1,17 +1,44 @@
-"""One layer of a recurrent net (LSTM, GRU, tanh or relu RNN), in one or both directions, over whole sequences."""
+"""One layer of a recurrent net, in one or both directions, over whole sequences: torch's LSTM, GRU and RNN.
+
+LSTM (gates i, f, g, o):  c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(o) tanh(c')
+GRU (gates r, z, n):      n = tanh(x_n + sigmoid(r) (h W_hn^T + b_hn)),  h' = (1 - sigmoid(z)) n + sigmoid(z) h
+RNN:                      h' = tanh or relu of x W_ih^T + b_ih + h W_hh^T + b_hh
+
+Engines. "small" (H <= 128) keeps W_hh and h of a batch tile in one program for all time steps. "persistent" (H <= 1024)
+spreads a batch tile over several programs that hold a slice of W_hh each and meet at a barrier every step. "step" runs
+a GEMM and one fused kernel per time step, for any H. "torch" is stock PyTorch. All directions run in one launch; rows
+of different lengths are masked inside it; the input product and the weight gradients are one GEMM each.
+
+fp16, bf16 and fp32, accumulated in fp32, c and its gradient kept in fp32 from the first step to the last. fp32 products
+are rounded to TF32 where `torch.backends.cudnn.rnn` allows it. fp64 goes to stock PyTorch. Error against fp64: at most
+twice stock's own in the same dtype. No float atomics: results repeat bit for bit.
+
+Saved for backward, per time step and row, besides input and output: 4 H slots in the input's dtype (LSTM, GRU; they
+take the place of the input product), H fp32 of c (LSTM), and H of the state before the step. That is 14 H, 10 H and 2 H
+bytes for LSTM, GRU and RNN in fp16, per direction.
+
+Persistent recurrence: Diamos et al., "Persistent RNNs: Stashing Recurrent Weights On-Chip", ICML 2016. Hoisted products
+and fused pointwise part: Appleyard et al., "Optimizing Performance of Recurrent Neural Networks on GPUs", 2016.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastops import _env
-from fastops.ops.rnn_reference import GATES, Weights, reference, stock
+from fastops import _env, _library, tuning
+from fastops.ops.rnn_check import check
+from fastops.ops.rnn_launch import split
+from fastops.ops.rnn_reference import Weights, reference, stock
 
-__all__ = ["ENGINES", "recurrent_layer", "reference", "why_not"]
+__all__ = ["ENGINES", "explain_auto", "recurrent_layer", "reference", "why_not"]
 
 ENGINES = ("auto", "triton", "persistent", "small", "step", "torch")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ROWS = tuning.load("rnn")
 
 
 def why_not(
@@ -25,7 +52,199 @@ def why_not(
     engine: str = "triton",
 ) -> str | None:
     """Why `engine` cannot run this call, or None where it can. Reads metadata only."""
-    return "this engine is not built"
+    if engine in ("auto", "torch"):
+        return None
+    if engine == "triton":
+        small = why_not(mode, input, h0, c0, weights, lengths, batch_first, "small")
+        if small is None:
+            return None
+        persistent = why_not(mode, input, h0, c0, weights, lengths, batch_first, "persistent")
+        if persistent is None or persistent == small:
+            return persistent
+        return f"{small}; {persistent}"
+    reason = _env.why_no_triton(input.device)
+    if reason is not None:
+        return reason
+    if input.dtype not in DTYPES:
+        return f"the dtype is {input.dtype}, the kernels take fp16, bf16 and fp32"
+    if input.dtype == torch.bfloat16 and input.device.type == "cpu":
+        return "Triton's interpreter computes bf16 products wrongly"
+    if input.numel() == 0:
+        return f"the input is empty: {tuple(input.shape)}"
+    if engine == "step":
+        return None
+    hidden = weights[0][1].shape[1]
+    batch = input.shape[0 if batch_first else 1]
+    from fastops.kernels import rnn_plan
+
+    machine = rnn_plan.Machine.at(input.device)
+    for backward in (False, True):
+        if engine == "small":
+            plan = rnn_plan.small(mode, hidden, input.element_size(), machine, backward)
+        else:
+            plan = rnn_plan.persistent(mode, hidden, batch, len(weights), input.element_size(), machine, backward)
+        if isinstance(plan, str):
+            return plan
+    return None
+
+
+def _forward_fake(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    mode: str,
+    batch_first: bool,
+    batch_rows: bool,
+    engine: str,
+    save: bool,
+    tf32: bool,
+) -> tuple[Tensor, ...]:
+    directions = len(split(weights))
+    hidden = weights[1].shape[1]
+    first, second, _ = input.shape
+    batch = first if batch_first else second
+    saved = (directions, first * second)
+    on = save and engine != "torch"
+    slots = 4 * hidden if mode in ("LSTM", "GRU") and on else 0
+    h_n = input.new_empty((directions, batch, hidden))
+    return (
+        input.new_empty((first, second, directions * hidden)),
+        h_n,
+        torch.empty_like(h_n) if mode == "LSTM" else input.new_empty(0),
+        input.new_empty((*saved, slots) if slots else 0),
+        input.new_empty((*saved, hidden) if on else 0),
+        input.new_empty((*saved, hidden) if on and mode == "LSTM" else 0, dtype=torch.float32),
+    )
+
+
+def _backward_fake(
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    output: Tensor,
+    gates: Tensor,
+    before: Tensor,
+    cells: Tensor,
+    mode: str,
+    batch_first: bool,
+    batch_rows: bool,
+    engine: str,
+    tf32: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    first, second, size = input.shape
+    d_input = input.new_empty((first, second, size))
+    if batch_rows != batch_first:
+        d_input = input.new_empty((second, first, size)).transpose(0, 1)
+    batch = first if batch_first else second
+    state = input.new_empty((len(split(weights)), batch, weights[1].shape[1]))
+    shapes = [d_input, state, torch.empty_like(state), *(w.new_empty(w.shape) for w in weights)]
+    return [x if needed else input.new_empty(0) for x, needed in zip(shapes, needs, strict=True)]
+
+
+def _forward_flops(input: Any, h0: Any, c0: Any, weights: Any, *_: Any, **__: Any) -> int:
+    """2 T B (I + H) G H of each direction: the products; the pointwise part is not counted, as for torch's own."""
+    products = sum(w[0] * w[1] for w in weights if len(w) == 2)
+    return 2 * input[0] * input[1] * int(products)
+
+
+def _backward_flops(
+    d_output: Any, d_h_n: Any, d_c_n: Any, input: Any, h0: Any, c0: Any, weights: Any, *_: Any, **__: Any
+) -> int:
+    """Twice the forward pass: gradients of what was multiplied, on both sides."""
+    return 2 * _forward_flops(input, h0, c0, weights)
+
+
+_forward_op = _library.define(
+    "rnn_forward",
+    "(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, str mode, bool batch_first, "
+    "bool batch_rows, str engine, bool save, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "fastops.ops.rnn_launch:forward",
+    _forward_fake,
+    _forward_flops,
+)
+_backward_op = _library.define(
+    "rnn_backward",
+    "(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, "
+    "Tensor? lengths, Tensor output, Tensor gates, Tensor before, Tensor cells, str mode, bool batch_first, "
+    "bool batch_rows, str engine, bool tf32, bool[] needs) -> Tensor[]",
+    "fastops.ops.rnn_launch:backward",
+    _backward_fake,
+    _backward_flops,
+)
+
+
+class _RecurrentLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        input: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        mode: str,
+        batch_first: bool,
+        batch_rows: bool,
+        engine: str,
+        save: bool,
+        tf32: bool,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return _forward_op(input, h0, c0, list(weights), lengths, mode, batch_first, batch_rows, engine, save, tf32)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input, h0, c0, lengths, mode, batch_first, batch_rows, engine, _, tf32, *weights = inputs
+        ctx.save_for_backward(input, h0, c0, lengths, output[0], *output[3:], *weights)
+        ctx.mark_non_differentiable(*output[3:], *(() if mode == "LSTM" else output[2:3]))
+        ctx.set_materialize_grads(False)
+        ctx.options = (mode, batch_first, batch_rows, engine, tf32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # type: ignore[override]
+        input, h0, c0, lengths, output, gates, before, cells, *weights = ctx.saved_tensors
+        mode, batch_first, batch_rows, engine, tf32 = ctx.options
+        d_output, d_h_n, d_c_n = gradients[:3]
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2)] + list(ctx.needs_input_grad[10:])
+        if _library.differentiable_again():
+
+            def again(input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+                results = reference(mode, input, h0, c0, split(list(weights)), lengths, batch_first)
+                return tuple(x for x in results if x is not None)
+
+            wanted = [d_output, d_h_n, d_c_n] if mode == "LSTM" else [d_output, d_h_n]
+            found = list(_library.reference_gradients(again, [input, h0, c0, *weights], needs, wanted))
+        elif d_output is None and d_h_n is None and d_c_n is None:
+            found = [None] * len(needs)
+        else:
+            results = _backward_op(
+                d_output,
+                d_h_n,
+                d_c_n,
+                input,
+                h0,
+                c0,
+                weights,
+                lengths,
+                output,
+                gates,
+                before,
+                cells,
+                mode,
+                batch_first,
+                batch_rows,
+                engine,
+                tf32,
+                needs,
+            )
+            found = [x if needed else None for x, needed in zip(results, needs, strict=True)]
+        return *found[:3], *[None] * 7, *found[3:]
 
 
 def recurrent_layer(
@@ -50,27 +269,129 @@ def recurrent_layer(
             torch's order. A second direction runs backwards in time.
         lengths: (B,) integer tensor on the input's device, or None where all rows have T steps. A row stops at its
             length: its outputs after that are 0, h_n and c_n are its states at its last step, and the reverse direction
-            starts at that step, as with a PackedSequence. Nothing waits for the GPU.
+            starts at that step, as with a PackedSequence. Nothing waits for the GPU; there the values are checked by
+            the kernel, and one out of range raises ValueError in a later call. A length of 0 leaves the initial state.
         batch_first: whether input and output are (B, T, ...).
         impl: "auto", "triton" (small or persistent by H), "persistent", "small", "step" or "torch".
 
     Returns:
-        output (T, B, directions H) or (B, T, directions H); h_n (directions, B, H); c_n likewise for an LSTM, else None.
+        output (T, B, directions H) or (B, T, directions H), h_n (directions, B, H), and c_n likewise for an LSTM, else
+        None. Under autocast all in autocast's dtype.
 
     Raises:
         ValueError, RuntimeError: a bad mode, shape, dtype or device; the message names the argument.
         KernelUnavailable: the engine asked for cannot run this call; the message says why.
     """
     engine = _env.choose_impl(impl, ENGINES)
-    if mode not in GATES:
-        raise ValueError(f"mode must be one of {', '.join(GATES)}, got {mode!r}")
-    if engine not in ("auto", "torch"):
+    place = input.device.type
+    if torch.is_autocast_enabled(place) and input.dtype in DTYPES:
+        dtype = torch.get_autocast_dtype(place)
+        input, h0, c0 = (None if x is None else x.to(dtype) for x in (input, h0, c0))  # type: ignore[assignment]
+        weights = [tuple(None if w is None else w.to(dtype) for w in each) for each in weights]  # type: ignore[misc]
+        with torch.autocast(place, enabled=False):
+            return _run(mode, input, h0, c0, weights, lengths, batch_first, engine)
+    return _run(mode, input, h0, c0, weights, lengths, batch_first, engine)
+
+
+def _run(
+    mode: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Weights],
+    lengths: Tensor | None,
+    batch_first: bool,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    check(mode, input, h0, c0, weights, lengths, batch_first)
+    if engine == "auto":
+        engine = _auto(mode, input, h0, c0, weights, lengths, batch_first)
+    elif engine == "triton":
         reason = why_not(mode, input, h0, c0, weights, lengths, batch_first, engine)
-        if reason is not None:
-            raise _env.KernelUnavailable(f"recurrent_layer(impl={engine!r}): {reason}")
-    return stock(mode, input, h0, c0, weights, lengths, batch_first)
+        if reason is None:
+            small = why_not(mode, input, h0, c0, weights, lengths, batch_first, "small")
+            engine = "small" if small is None else "persistent"
+    else:
+        reason = why_not(mode, input, h0, c0, weights, lengths, batch_first, engine)
+    if engine != "torch" and reason is not None:
+        raise _env.KernelUnavailable(f"recurrent_layer(impl={engine!r}): {reason}")
+    if engine == "torch" and not torch.compiler.is_compiling():
+        return stock(mode, input, h0, c0, weights, lengths, batch_first)
+    flat = [w for each in weights for w in each if w is not None]
+    differentiated = [x for x in (input, h0, c0, *flat) if x is not None and x.requires_grad]
+    time = input.transpose(0, 1) if batch_first else input
+    output, h_n, c_n, *_ = _RecurrentLayer.apply(
+        input,
+        h0,
+        c0,
+        None if lengths is None else lengths.to(torch.int32),
+        mode,
+        batch_first,
+        time.stride(0) < time.stride(1),
+        engine,
+        torch.is_grad_enabled() and bool(differentiated),
+        _tf32_allowed(),
+        *flat,
+    )
+    return output, h_n, c_n if mode == "LSTM" else None
+
+
+@torch.compiler.assume_constant_result
+def _tf32_allowed() -> bool:
+    """Whether torch lets recurrent nets round fp32 products to TF32 (torch.backends.cudnn.rnn, or cudnn.allow_tf32)."""
+    return torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32"
+
+
+def _auto(
+    mode: str,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Weights],
+    lengths: Tensor | None,
+    batch_first: bool,
+) -> str:
+    """The engine the table names for this call, where it can run; else stock PyTorch."""
+    if input.device.type != "cuda" or input.numel() == 0:
+        return "torch"
+    index = _env.index_of(input.device)
+    major, minor = _env.capability(index)
+    steps, batch = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
+    facts = {
+        "mode": mode,
+        "dtype": str(input.dtype).removeprefix("torch."),
+        "hidden": weights[0][1].shape[1],
+        "input_size": input.shape[-1],
+        "steps": steps,
+        "batch": batch,
+        "directions": len(weights),
+        "ragged": lengths is not None,
+        "capability": 10 * major + minor,
+        "gpu": _env.device_name(index),
+    }
+    engine = tuning.choose(ROWS, facts).engine
+    if engine != "torch" and why_not(mode, input, h0, c0, weights, lengths, batch_first, engine) is not None:
+        return "torch"
+    return engine
 
 
 def explain_auto() -> list[dict[str, str]]:
-    """What "auto" runs for typical calls, for `fastops env`."""
-    return []
+    """What "auto" runs for typical calls on an H100, for `fastops env`."""
+    common = {"capability": 90, "gpu": "NVIDIA H100 80GB HBM3", "directions": 1, "ragged": False, "steps": 128}
+    examples: list[tuple[str, dict[str, Any]]] = [
+        ("LSTM bf16 H=512 B=64", {"dtype": "bfloat16", "hidden": 512, "input_size": 512, "batch": 64}),
+        ("LSTM fp16 H=512 B=64", {"dtype": "float16", "hidden": 512, "input_size": 512, "batch": 64}),
+        ("LSTM fp16 H=512 B=64, I=80", {"dtype": "float16", "hidden": 512, "input_size": 80, "batch": 64}),
+        (
+            "LSTM fp16 H=512 B=64, rows of different lengths",
+            {"dtype": "float16", "hidden": 512, "input_size": 512, "batch": 64, "ragged": True},
+        ),
+        ("GRU fp16 H=512 B=64", {"mode": "GRU", "dtype": "float16", "hidden": 512, "input_size": 512, "batch": 64}),
+        ("LSTM fp32 H=64 B=8", {"dtype": "float32", "hidden": 64, "input_size": 64, "batch": 8}),
+        ("LSTM fp16 H=2048 B=64", {"dtype": "float16", "hidden": 2048, "input_size": 2048, "batch": 64}),
+    ]
+    rows = [(name, tuning.choose(ROWS, {"mode": "LSTM"} | common | facts)) for name, facts in examples]
+    return [
+        {"op": "recurrent_layer", "example": name, "engine": row.engine, "why": f"{row.why} ({row.mark})"}
+        for name, row in rows
+    ]

@@ -1,0 +1,225 @@
+"""Forward pass of a recurrent layer: all time steps and all directions in one launch.
+
+A program owns BLOCK_B rows of the batch and BLOCK_H hidden units, keeps its slice of W_hh on chip, and every step
+computes `sums[slots * BLOCK_H, BLOCK_B] = W_slice @ h^T` (transposed, so that the tensor core's long side is gate rows
+and its short side is the batch). With one program per batch tile h never leaves the chip. With several they exchange h
+through the output tensor and meet at one counter per batch tile, which only ever grows; all of them must be resident.
+
+Bytes per step and program: reads BLOCK_B * H of h (from L2) and slots * BLOCK_H * BLOCK_B of the input product, writes
+BLOCK_H * BLOCK_B of h, and with SAVE the slots, c and the state before the step. W_hh is read once per launch.
+"""
+
+import triton
+import triton.language as tl
+
+from fastops.kernels.rnn_gates import arrive, step_forward, wait
+
+
+@triton.jit
+def forward_kernel(
+    gates_ptr,  # (D, rows, SLOTS * H) input product; with SAVE overwritten by what backward needs
+    w_hh_ptr,  # (D, G * H, H)
+    b_hn_ptr,  # (D, H) of a GRU
+    h_in_ptr,  # (D, B, H) state before step s_start
+    h_out_ptr,  # (D, B, H) state after step s_end - 1
+    cell_ptr,  # (D, B, H) fp32: c before s_start, overwritten by c after s_end - 1
+    output_ptr,  # (T, B, D * H) by strides
+    before_ptr,  # (D, rows, H) with SAVE: h before each step
+    cells_ptr,  # (D, rows, H) fp32 with SAVE: c after each step
+    lengths_ptr,  # (B,) int32 with RAGGED
+    counter_ptr,  # (D, batch tiles) int32
+    error_ptr,  # int32, set to 1 where a barrier did not complete
+    T,
+    B,
+    rows,
+    row_t,  # row of gates, before and cells = t * row_t + b * row_b
+    row_b,
+    stride_yt,
+    stride_yb,
+    first_tile,
+    batch_tiles,
+    s_start,
+    s_end,
+    patience,
+    MODE: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SAVE: tl.constexpr,
+    BARRIER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    SLOTS: tl.constexpr = 4 if MODE == "LSTM" or MODE == "GRU" else 1
+    GATES: tl.constexpr = 3 if MODE == "GRU" else SLOTS
+    ON_CHIP: tl.constexpr = TILES == 1
+
+    pid = tl.program_id(0)
+    tile_h = pid % TILES
+    tile_b = first_tile + pid // TILES % batch_tiles
+    direction = pid // (TILES * batch_tiles)
+    dtype = w_hh_ptr.dtype.element_ty
+
+    k = tl.arange(0, BLOCK_K)
+    m = tl.arange(0, SLOTS * BLOCK_H)
+    slot = m // BLOCK_H
+    m_unit = tile_h * BLOCK_H + m % BLOCK_H
+    gate = (slot + 2) % 3 if MODE == "GRU" else slot
+    m_real = (m_unit < H) & (slot < GATES)
+    w_ptrs = w_hh_ptr + direction.to(tl.int64) * (GATES * H * H) + (gate * H + m_unit)[:, None] * H
+    weights = ()
+    for chunk in tl.static_range(CHUNKS):
+        ks = chunk * BLOCK_K + k
+        weights = weights + (tl.load(w_ptrs + ks[None, :], mask=m_real[:, None] & (ks < H)[None, :], other=0.0),)
+
+    unit = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    # columns of the products are independent, so rows past the batch may repeat its last one; only stores are masked
+    row64 = tl.minimum(row, B - 1).to(tl.int64)
+    unit_real = unit < H
+    if H % BLOCK_H == 0:
+        unit_real = tl.full((BLOCK_H,), True, tl.int1)
+    real = unit_real[:, None] & (row < B)[None, :]
+    readable = unit_real[:, None] & tl.full((1, BLOCK_B), True, tl.int1)
+
+    # step s is time s forward and time length - 1 - s backward: both start at step 0 with the initial state
+    sign = 1 - 2 * direction
+    if RAGGED:
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + row64), 0), T)
+        s_end = tl.minimum(s_end, tl.max(length, axis=0))
+    else:
+        length = T + tl.zeros((BLOCK_B,), tl.int32)
+    time = (direction * (length - 1) + sign * s_start).to(tl.int64)
+    g_row = time * row_t + row64 * row_b + direction.to(tl.int64) * rows
+    y_row = time * stride_yt + row64 * stride_yb + direction * H
+    g_step = (sign * row_t).to(tl.int64)
+    y_step = (sign * stride_yt).to(tl.int64)
+    state_row = (direction * B + row64) * H
+
+    h_state = tl.load(h_in_ptr + state_row[None, :] + unit[:, None], mask=readable, other=0.0)
+    c = 0.0
+    if MODE == "LSTM":
+        c = tl.load(cell_ptr + state_row[None, :] + unit[:, None], mask=readable, other=0.0)
+    bias = 0.0
+    if MODE == "GRU":
+        bias = tl.load(b_hn_ptr + direction * H + unit, mask=unit < H, other=0.0).to(tl.float32)[:, None]
+    g_ptrs = gates_ptr + g_row[None, :] * (SLOTS * H) + unit[:, None]
+    y_own = y_row[None, :] + unit[:, None]
+    before_ptrs = before_ptr + g_row[None, :] * H + unit[:, None]
+    cells_ptrs = cells_ptr + g_row[None, :] * H + unit[:, None]
+    running = real
+    if RAGGED:
+        readable &= (s_start < length)[None, :]
+        running &= readable
+    x0, x1, x2, x3 = _load_slots(g_ptrs, readable, bias, MODE, H)
+    if SAVE:
+        tl.store(before_ptrs, h_state, mask=running & (s_start == 0))
+
+    # before the loop: the recurrent product of step s_start
+    if ON_CHIP:
+        sums = tl.dot(weights[0], h_state, input_precision=PRECISION)
+    else:
+        sums = _product(weights, h_in_ptr + state_row, s_start < length, RAGGED, H, BLOCK_K, CHUNKS, PRECISION)
+    counter_ptr += direction * batch_tiles + (tile_b - first_tile)
+    for s in range(s_start, s_end):
+        if SLOTS == 4:
+            even, odd = tl.split(tl.permute(tl.reshape(sums, (2, 2, BLOCK_H, BLOCK_B)), (2, 3, 0, 1)))
+            sum0, sum2 = tl.split(even)
+            sum1, sum3 = tl.split(odd)
+        else:
+            sum0, sum1, sum2, sum3 = sums, 0.0, 0.0, 0.0
+        h, next_c, s0, s1, s2, s3 = step_forward(
+            MODE, sum0 + x0, sum1 + x1, sum2 + x2, sum3 + x3, h_state.to(tl.float32), c
+        )
+        h = h.to(dtype)
+        tl.store(output_ptr + y_own, h, mask=running)
+        if RAGGED:
+            h = tl.where(running, h, h_state)
+            next_c = tl.where(running, next_c, c) if MODE == "LSTM" else next_c
+        h_state = h
+        c = next_c
+        if BARRIER:
+            arrive(counter_ptr)
+
+        # while the others arrive: save for backward, fetch the next input product
+        if SAVE and SLOTS == 4:
+            tl.store(g_ptrs, s0, mask=running)
+            tl.store(g_ptrs + H, s1, mask=running)
+            tl.store(g_ptrs + 2 * H, s2, mask=running)
+            tl.store(g_ptrs + 3 * H, s3, mask=running)
+        if SAVE and MODE == "LSTM":
+            tl.store(cells_ptrs, c, mask=running)
+        if RAGGED:
+            readable = unit_real[:, None] & (s + 1 < length)[None, :]
+            running = real & readable
+        g_ptrs += g_step * (SLOTS * H)
+        before_ptrs += g_step * H
+        cells_ptrs += g_step * H
+        x0, x1, x2, x3 = _load_slots(g_ptrs, readable & (s + 1 < T), bias, MODE, H)
+        if SAVE:
+            tl.store(before_ptrs, h_state, mask=running & (s + 1 < T))
+
+        if BARRIER:
+            patience = wait(counter_ptr, (s + 1 - s_start) * TILES, patience)
+        if ON_CHIP:
+            sums = tl.dot(weights[0], h_state, input_precision=PRECISION)
+        else:
+            # what the programs of this batch tile wrote to the output
+            sums = _product(weights, output_ptr + y_row, s + 1 < length, RAGGED, H, BLOCK_K, CHUNKS, PRECISION)
+        output_ptr += y_step
+
+    if BARRIER:
+        if patience == 0:
+            tl.store(error_ptr, 1)
+            h_state = tl.full((BLOCK_H, BLOCK_B), float("nan"), dtype)
+    tl.store(h_out_ptr + state_row[None, :] + unit[:, None], h_state, mask=real)
+    if MODE == "LSTM":
+        tl.store(cell_ptr + state_row[None, :] + unit[:, None], c, mask=real)
+
+
+@triton.jit
+def _product(
+    weights,
+    row_ptrs,
+    running,
+    RAGGED: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """W_slice @ h^T with h from other programs, so past L1; all of h is requested before the first product."""
+    k = tl.arange(0, BLOCK_K)
+    chunks = ()
+    for chunk in tl.static_range(CHUNKS):
+        ks = chunk * BLOCK_K + k
+        ptrs = row_ptrs[None, :] + ks[:, None]
+        if RAGGED or H % BLOCK_K != 0:
+            mask = (ks < H)[:, None]
+            if RAGGED:
+                mask = mask & running[None, :]
+            chunks = chunks + (tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg"),)
+        else:
+            chunks = chunks + (tl.load(ptrs, cache_modifier=".cg"),)
+    sums = tl.dot(weights[0], chunks[0], input_precision=PRECISION)
+    for chunk in tl.static_range(1, CHUNKS):
+        sums = tl.dot(weights[chunk], chunks[chunk], sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def _load_slots(ptrs, mask, bias, MODE: tl.constexpr, H: tl.constexpr):
+    """The input product of one step, a slot each; the first slot of a GRU has a bias only."""
+    if MODE == "LSTM":
+        x0 = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    elif MODE == "GRU":
+        x0 = bias
+    else:
+        return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), 0.0, 0.0, 0.0
+    x1 = tl.load(ptrs + H, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(ptrs + 2 * H, mask=mask, other=0.0).to(tl.float32)
+    x3 = tl.load(ptrs + 3 * H, mask=mask, other=0.0).to(tl.float32)
+    return x0, x1, x2, x3

@@ -1,0 +1,83 @@
+"""Pointwise halves of a recurrent step, forward and backward, and the barrier between the programs of a batch tile.
+
+Gate slots. An LSTM keeps torch's i, f, g, o. A GRU has q = h W_hn^T + b_hn apart from x_n, because the reset gate
+multiplies q alone, so its four slots are q, r, z, n: the first three take part in the recurrent product, the last three
+in the input product, and both are contiguous columns of one buffer. A plain RNN has one slot.
+"""
+
+import triton
+import triton.language as tl
+
+from fastops.kernels._common import tanh
+
+
+@triton.jit
+def step_forward(MODE: tl.constexpr, s0, s1, s2, s3, h, c):
+    """(h', c', saved slots) from the sums of the slots; h is the state before, used by a GRU only."""
+    if MODE == "LSTM":
+        s0 = tl.sigmoid(s0)
+        s1 = tl.sigmoid(s1)
+        s2 = tanh(s2)
+        s3 = tl.sigmoid(s3)
+        c = s1 * c + s0 * s2
+        h = s3 * tanh(c)
+    elif MODE == "GRU":
+        s1 = tl.sigmoid(s1)
+        s2 = tl.sigmoid(s2)
+        s3 = tanh(s3 + s1 * s0)
+        h = (1.0 - s2) * s3 + s2 * h
+    elif MODE == "RNN_TANH":
+        h = tanh(s0)
+    else:
+        h = tl.maximum(s0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return h, c, s0, s1, s2, s3
+
+
+@triton.jit
+def step_backward(MODE: tl.constexpr, s0, s1, s2, s3, c, earlier, dh, dc):
+    """Gradients of the slot sums, of c before the step, and the part of dh that bypasses the recurrent product.
+
+    `earlier` is c before the step for an LSTM, h before the step for a GRU and h after the step for a plain RNN.
+    """
+    d0, d1, d2, d3, direct = dh, dh, dh, dh, dh * 0.0
+    if MODE == "LSTM":
+        tc = tanh(c)
+        d3 = dh * tc * s3 * (1.0 - s3)
+        dc += dh * s3 * (1.0 - tc * tc)
+        d0 = dc * s2 * s0 * (1.0 - s0)
+        d1 = dc * earlier * s1 * (1.0 - s1)
+        d2 = dc * s0 * (1.0 - s2 * s2)
+        dc = dc * s1
+    elif MODE == "GRU":
+        d3 = dh * (1.0 - s2) * (1.0 - s3 * s3)
+        d2 = dh * (earlier - s3) * s2 * (1.0 - s2)
+        d1 = d3 * s0 * s1 * (1.0 - s1)
+        d0 = d3 * s1
+        direct = dh * s2
+    elif MODE == "RNN_TANH":
+        d0 = dh * (1.0 - earlier * earlier)
+    else:
+        d0 = tl.where(earlier > 0.0, dh, 0.0)
+    return d0, d1, d2, d3, dc, direct
+
+
+@triton.jit
+def arrive(counter_ptr):
+    """Publish this program's stores and count it in."""
+    # without a barrier of the whole program the release orders the stores of one thread only
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(counter_ptr, target, patience):
+    """Wait until `target` programs were counted; returns the patience left, 0 once it ever ran out.
+
+    A program that gave up does not wait again, so a broken launch ends soon instead of hanging the GPU.
+    """
+    left = patience
+    seen = target - 1
+    while (seen < target) & (left > 0):
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+        left -= 1
+    return tl.where(seen < target, 0, patience)

@@ -1,0 +1,132 @@
+"""Which tile sizes a recurrent layer runs with: a short rule without tuning runs, blind to T, and B only has to fit.
+
+Shared memory holds the program's slice of W_hh and one tile of h. All programs of a persistent launch meet at a
+barrier, so they must be resident together: at most one per multiprocessor is launched, and a batch with more tiles than
+that takes several launches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastops import _env
+
+SLOTS = {"LSTM": 4, "GRU": 4, "RNN_TANH": 1, "RNN_RELU": 1}
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+SMALL_HIDDEN = 128
+PERSISTENT_HIDDEN = 1024
+
+# bytes a block may use, by compute capability, and multiprocessors to plan with where there is no GPU to ask
+SHARED_BYTES = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
+ASSUMED_MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan needs to know of a GPU."""
+
+    target: int
+    shared_bytes: int
+    multiprocessors: int
+
+    @staticmethod
+    def of(target: int, multiprocessors: int | None = None) -> Machine:
+        """A GPU of this compute capability (90 for sm_90); an unknown one is taken for the smallest known."""
+        shared = SHARED_BYTES.get(target, min(SHARED_BYTES.values()))
+        return Machine(target, shared, multiprocessors or ASSUMED_MULTIPROCESSORS.get(target, 1))
+
+    @staticmethod
+    def at(device) -> Machine:
+        """The GPU of a tensor; an H100 while interpreting."""
+        if device.type != "cuda":
+            return Machine.of(90)
+        index = _env.index_of(device)
+        major, minor = _env.capability(index)
+        return Machine.of(10 * major + minor, _env.multiprocessors(index))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tile sizes of one kernel; `tiles` programs share a batch tile, `batch_tiles` of them fit in one launch."""
+
+    block_h: int
+    block_b: int
+    block_k: int
+    tiles: int
+    batch_tiles: int
+    num_warps: int
+    split: int = 1
+    group: int = 1
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n and at least 16, the least side of a tl.dot."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def small(mode: str, hidden: int, itemsize: int, machine: Machine, backward: bool) -> Plan | str:
+    """One program per batch tile with all of W_hh on chip, or why not."""
+    if hidden > SMALL_HIDDEN:
+        return f"the small engine takes a hidden size of at most {SMALL_HIDDEN}, got {hidden}"
+    side = power_of_two(hidden)
+    held = (GATES if backward else SLOTS)[mode]
+    needed = itemsize * side * (held * side + 16 * (held if backward else 1))
+    if needed > machine.shared_bytes - 4096:
+        return (
+            f"W_hh of hidden size {hidden} needs {needed} bytes of shared memory, sm_{machine.target} has "
+            f"{machine.shared_bytes} a block"
+        )
+    return Plan(side, 16, side, 1, 1 << 30, 4 if side <= 32 else 8, group=1)
+
+
+def persistent(
+    mode: str, hidden: int, batch: int, directions: int, itemsize: int, machine: Machine, backward: bool
+) -> Plan | str:
+    """Several programs per batch tile, each with a slice of W_hh on chip, or why not."""
+    if hidden > PERSISTENT_HIDDEN or hidden % 8:
+        return f"the persistent engine takes hidden sizes of at most {PERSISTENT_HIDDEN} divisible by 8, got {hidden}"
+    plans = _backward_plans if backward else _forward_plans
+    least = None
+    for plan, needed in plans(mode, hidden, directions, itemsize, machine):
+        least = needed if least is None else min(least, needed)
+        if needed <= machine.shared_bytes and plan.batch_tiles >= 1:
+            if -(-batch // plan.block_b) <= plan.batch_tiles:
+                return plan
+            fallback = plan
+            least = -1
+    if least == -1:
+        return fallback
+    return (
+        f"hidden size {hidden} in {directions} direction(s) needs {least} bytes of shared memory in each of "
+        f"{directions * -(-hidden // 16)} programs that are resident together; sm_{machine.target} has "
+        f"{machine.shared_bytes} bytes a block and {machine.multiprocessors} multiprocessors"
+    )
+
+
+def _forward_plans(mode: str, hidden: int, directions: int, itemsize: int, machine: Machine):
+    slots = SLOTS[mode]
+    block_h = 64 // slots  # 64 rows: the long side of a tensor-core instruction
+    block_k = next(k for k in (1024, 512, 256, 128, 64, 32, 16) if -(-hidden // k) * k <= 1.15 * hidden or k == 16)
+    padded = -(-hidden // block_k) * block_k
+    tiles = -(-hidden // block_h)
+    for block_b in (16, 32, 64):
+        fits = machine.multiprocessors // (tiles * directions)
+        needed = itemsize * padded * (64 + block_b) + 2048
+        yield Plan(block_h, block_b, block_k, tiles, fits, 8), needed
+
+
+def _backward_plans(mode: str, hidden: int, directions: int, itemsize: int, machine: Machine):
+    gates = GATES[mode]
+    warps = 8
+    block_h = 16 if gates > 1 else 32
+    least = warps * (32 // itemsize)
+    block_k = next(k for k in (1024, 512, 256, 128, 64) if -(-hidden // k) * k <= 1.15 * hidden or k <= least)
+    pieces = gates * -(-hidden // block_k)
+    tiles = -(-hidden // block_h)
+    for block_b in (16, 32):
+        fits = machine.multiprocessors // (tiles * directions)
+        slice_bytes = itemsize * pieces * block_k * block_h
+        piece_bytes = itemsize * block_k * block_b
+        group = max(1, min(pieces, 65536 // piece_bytes))
+        needed = slice_bytes + group * piece_bytes + 2048
+        yield Plan(block_h, block_b, block_k, tiles, fits, warps, warps, group), needed

@@ -1,0 +1,138 @@
+"""What the registered ops run: the kernels of the engine that was chosen, or stock PyTorch.
+
+Stock PyTorch is an engine of the ops because torch.compile cannot trace torch.lstm, torch.gru and torch.rnn; there its
+backward runs the forward pass once more.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastops.ops.rnn_reference import stock
+
+
+def split(weights: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """(w_ih, w_hh, b_ih, b_hh) of each direction from the flat list, which has biases everywhere or nowhere."""
+    if len(weights) > 2 and weights[2].dim() == 1:
+        return [(w[0], w[1], w[2], w[3]) for w in (weights[i : i + 4] for i in range(0, len(weights), 4))]
+    return [(weights[i], weights[i + 1], None, None) for i in range(0, len(weights), 2)]
+
+
+def forward(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    mode: str,
+    batch_first: bool,
+    batch_rows: bool,
+    engine: str,
+    save: bool,
+    tf32: bool,
+) -> tuple[Tensor, ...]:
+    """`fastops::rnn_forward`."""
+    if engine == "torch":
+        with torch.no_grad():
+            output, h_n, c_n = stock(mode, input, h0, c0, split(weights), lengths, batch_first)
+        nothing = [input.new_empty(0), input.new_empty(0), input.new_empty(0, dtype=torch.float32)]
+        return output.contiguous(), h_n, input.new_empty(0) if c_n is None else c_n, *nothing
+    return _kernels(engine).forward(input, h0, c0, weights, lengths, mode, batch_first, batch_rows, engine, save, tf32)
+
+
+def backward(
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    output: Tensor,
+    gates: Tensor,
+    before: Tensor,
+    cells: Tensor,
+    mode: str,
+    batch_first: bool,
+    batch_rows: bool,
+    engine: str,
+    tf32: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    """`fastops::rnn_backward`: gradients of input, h0, c0 and the weights; empty where none is wanted."""
+    if engine == "torch":
+        return _stock_backward(
+            [d_output, d_h_n, d_c_n], input, h0, c0, weights, lengths, mode, batch_first, batch_rows, needs
+        )
+    if d_output is None:
+        d_output = input.new_zeros(()).expand(output.shape)
+    return _kernels(engine).backward(
+        d_output,
+        d_h_n,
+        d_c_n,
+        input,
+        h0,
+        c0,
+        weights,
+        lengths,
+        output,
+        gates,
+        before,
+        cells,
+        mode,
+        batch_first,
+        batch_rows,
+        engine,
+        tf32,
+        needs,
+    )
+
+
+def _kernels(engine: str) -> Any:
+    if engine == "step":
+        return importlib.import_module("fastops.kernels.rnn_step")
+    return importlib.import_module("fastops.kernels.rnn")
+
+
+def _stock_backward(
+    gradients: list[Tensor | None],
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    mode: str,
+    batch_first: bool,
+    batch_rows: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in (input, h0, c0, *weights)]
+        assert leaves[0] is not None
+        flat = [w for w in leaves[3:] if w is not None]
+        results = stock(mode, leaves[0], leaves[1], leaves[2], split(flat), lengths, batch_first)
+        pairs = [(y, g) for y, g in zip(results, gradients, strict=True) if y is not None and g is not None]
+        wanted = [x for x, needed in zip(leaves, needs, strict=True) if needed and x is not None]
+        found = iter(
+            torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+            if pairs
+            else [None] * len(wanted)
+        )
+    results_of: list[Tensor] = []
+    for index, (x, needed) in enumerate(zip(leaves, needs, strict=True)):
+        if x is None or not needed:
+            results_of.append(input.new_empty(0))
+            continue
+        gradient = next(found)
+        gradient = torch.zeros_like(x) if gradient is None else gradient
+        if index == 0 and batch_rows != batch_first:
+            gradient = gradient.transpose(0, 1).contiguous().transpose(0, 1)
+        else:
+            gradient = gradient.contiguous()
+        results_of.append(gradient)
+    return results_of
