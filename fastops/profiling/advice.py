@@ -183,7 +183,7 @@ def replacements_of(model: torch.nn.Module, root_path: str) -> list[Replacement]
 
     found = []
     for row in explain(model).rows:
-        if row.becomes:
+        if row.becomes and not row.done:
             path = f"{root_path}.{row.path}" if row.path else root_path
             found.append(Replacement(path, row.kind, row.becomes, row.op))
     return found
