@@ -33,7 +33,8 @@ def plan(
     if "attention" in ops:
         rows += _pretrained(model, wanted)
     order = {path: place for place, (path, _) in enumerate(model.named_modules())}
-    rows.sort(key=lambda row: order[row.path])
+    # a module that is in two places has its place by the first; a convolution may be reported at the second
+    rows.sort(key=lambda row: order.get(row.path, order.get(row.path.rpartition(".")[0], 0)))
     return Report(type(model).__name__, tuple(rows), _note(model) if rows else "")
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-
 WIDTH = 132  # of a report as text, where no terminal decides
 
 

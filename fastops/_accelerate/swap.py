@@ -54,7 +54,7 @@ def _set_class(module: nn.Module, new: type) -> None:
     # as fully_shard makes them: a class FSDPLinear(FSDPModule, Linear)
     if (cls, new) not in _rewrapped:
         prefix = cls.__name__.removesuffix(cls.__bases__[1].__name__)
-        namespace = {name: value for name, value in vars(cls).items() if name == "__deepcopy__"}
+        namespace = {name: value for name, value in vars(cls).items() if name in ("__deepcopy__", "__module__")}
         _rewrapped[cls, new] = type(prefix + new.__name__, (cls.__bases__[0], new), namespace)
     module.__class__ = _rewrapped[cls, new]
 

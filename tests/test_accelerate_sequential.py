@@ -1,0 +1,314 @@
+"""Conv2d + ReLU (+ MaxPool2d) in a Sequential: what is taken together, and that nothing can be told from outside."""
+
+import copy
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fastops
+from fastops.nn import sequential
+from tests.accelerate_models import TorchvisionAlexNet
+from tests.rule import assert_within_rule
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Run the kernels (in the interpreter on a CPU), and count what is called together."""
+    monkeypatch.setenv("FASTOPS_IMPL", "triton")
+    calls = []
+    together = sequential._together
+
+    def counting(input, modules, impl):
+        calls.append("+".join(type(module).__name__ for module in modules))
+        return together(input, modules, impl)
+
+    monkeypatch.setattr(sequential, "_together", counting)
+    return calls
+
+
+def block(*layers):
+    return nn.Sequential(*layers)
+
+
+def check(model, x, calls, expected):
+    """Forward of an accelerated copy against stock, float64 the truth, and which calls it made."""
+    ours = fastops.accelerate(copy.deepcopy(model))
+    out = ours(x)
+    assert_within_rule(out, model(x), copy.deepcopy(model).double()(x.double()))
+    assert calls == expected
+    return ours
+
+
+def test_conv_relu_and_pool(kernels):
+    model = block(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(3, 2, 1), nn.ReLU())
+    ours = check(model, torch.randn(2, 2, 8, 8), kernels, ["Conv2d+ReLU+MaxPool2d", "Conv2d+ReLU"])
+    assert "together: 0-2, 3-4" in repr(ours)
+    assert type(ours) is fastops.nn.Sequential
+    assert isinstance(ours, nn.Sequential)
+    assert [type(module) for module in ours] == [type(module) for module in model]
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
+def test_padding_modes(kernels, mode):
+    model = block(nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode=mode), nn.ReLU())
+    check(model, torch.randn(1, 2, 5, 6), kernels, ["Conv2d+ReLU"])
+
+
+def test_same_padding_stride_dilation_no_bias_and_one_image(kernels):
+    model = block(nn.Conv2d(2, 3, 3, padding="same", dilation=2, bias=False), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    check(model, torch.randn(2, 7, 6), kernels, ["Conv2d+ReLU+MaxPool2d"])
+
+
+def test_groups_by_the_hybrid_engine(kernels, monkeypatch):
+    monkeypatch.setenv("FASTOPS_IMPL", "hybrid")
+    model = block(nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.MaxPool2d(2))
+    check(model, torch.randn(1, 4, 6, 6), kernels, ["Conv2d+ReLU+MaxPool2d"])
+
+
+class OwnReLU(nn.ReLU):
+    def forward(self, input):
+        return F.relu(input) + 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        (lambda: [nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU()], "BatchNorm2d follows it, not ReLU"),
+        (lambda: [nn.Conv2d(2, 2, 1), nn.LeakyReLU()], "LeakyReLU follows it, not ReLU"),
+        (lambda: [nn.Conv2d(2, 2, 1), nn.ReLU6()], "ReLU6 follows it, not ReLU"),
+        (lambda: [nn.Conv2d(2, 2, 1)], "nothing follows it in its Sequential"),
+        (lambda: [nn.Conv2d(2, 2, 1), OwnReLU()], "OwnReLU, not exactly ReLU"),
+        (lambda: [parametrizations.spectral_norm(nn.Conv2d(2, 2, 1)), nn.ReLU()], "it is parametrized"),
+        (lambda: [hooked(nn.Conv2d(2, 2, 1)), nn.ReLU()], "a hook wants to see Conv2d alone"),
+        (lambda: [nn.Conv2d(2, 2, 1), hooked(nn.ReLU())], "a hook wants to see ReLU alone"),
+        (lambda: [nn.ConvTranspose2d(2, 2, 1), nn.ReLU()], None),
+    ],
+    ids=["batch norm", "leaky", "relu6", "last", "own relu", "parametrized", "hooked", "hooked relu", "transposed"],
+)
+def test_what_stays_and_why(kernels, layers, reason):
+    model = block(*layers()).eval()
+    report = fastops.explain(model)
+    if reason is None:
+        assert not report.rows
+    else:
+        (row,) = report.kept
+        assert reason in row.reason
+    x = torch.randn(1, 2, 4, 4)
+    expected = model(x)
+    assert torch.equal(fastops.accelerate(model)(x), expected)
+    assert kernels == []
+
+
+def hooked(module):
+    module.register_forward_hook(lambda module, args, output: output * 2)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("pool", "reason"),
+    [
+        (nn.MaxPool2d(2, ceil_mode=True), "ceil_mode"),
+        (nn.MaxPool2d(2, dilation=2), "dilation 2"),
+        (nn.AvgPool2d(2), None),
+    ],
+)
+def test_pools_that_stay_apart(kernels, pool, reason):
+    model = block(nn.Conv2d(1, 2, 1), nn.ReLU(), pool)
+    check(model, torch.randn(1, 1, 5, 5), kernels, ["Conv2d+ReLU"])
+    (row,) = fastops.explain(model)
+    assert row.kind == "Conv2d + ReLU"
+    assert (reason or "") in row.reason
+
+
+def test_pool_that_returns_indices(kernels):
+    model = block(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.MaxPool2d(2, return_indices=True))
+    x = torch.randn(1, 1, 4, 4)
+    _, indices = model(x)
+    assert torch.equal(fastops.accelerate(model)(x)[1], indices)
+
+
+def test_hooks_added_later_see_what_they_always_saw(kernels):
+    model = TorchvisionAlexNet()
+    x = torch.randn(1, 3, 63, 63)
+    seen = []
+
+    def watch(model):
+        return [module.register_forward_hook(lambda m, a, out: seen.append(out.clone())) for module in model.features]
+
+    handles = watch(model)
+    model(x)
+    expected, seen = seen, []
+    for handle in handles:
+        handle.remove()
+    fastops.accelerate(model)
+    model(x)
+    assert len(kernels) == 3
+    watch(model)
+    model(x)
+    assert len(kernels) == 3
+    assert len(seen) == len(expected)
+    # in-place ReLU changes what the convolution's hook kept no copy of: copies are compared
+    for a, b in zip(seen, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_indices_slices_and_iteration_mean_what_they_did(kernels):
+    model = TorchvisionAlexNet()
+    x = torch.randn(1, 3, 63, 63)
+    expected = [model.features[:end](x) for end in range(1, 9)]
+    tapped = x
+    fastops.accelerate(model)
+    for end in range(1, 9):
+        torch.testing.assert_close(model.features[:end](x), expected[end - 1], atol=1e-5, rtol=1e-5)
+        tapped = model.features[end - 1](tapped)
+        torch.testing.assert_close(tapped, expected[end - 1], atol=1e-5, rtol=1e-5)
+    assert "Conv2d+ReLU+MaxPool2d" in kernels
+
+
+def test_editing_the_children_afterwards(kernels):
+    model = fastops.accelerate(block(nn.Conv2d(1, 2, 1), nn.ReLU()))
+    model[1] = nn.Tanh()
+    x = torch.randn(1, 1, 3, 3)
+    torch.testing.assert_close(model(x), model[0](x).tanh())
+    model.append(nn.Conv2d(2, 2, 1))
+    model.append(nn.ReLU())
+    model(x)
+    assert kernels == ["Conv2d+ReLU"]
+
+
+def test_shared_convolution_and_shared_relu(kernels):
+    convolution, relu = nn.Conv2d(2, 2, 3, padding=1), nn.ReLU()
+    model = block(convolution, relu, convolution, nn.Tanh(), convolution, relu)
+    check(model, torch.randn(1, 2, 4, 4), kernels, ["Conv2d+ReLU", "Conv2d+ReLU"])
+
+
+class Counting(nn.Sequential):
+    def __init__(self, channels, scale=2):
+        super().__init__(nn.Conv2d(channels, 2, 1), nn.ReLU())
+        self.scale = scale
+
+
+class OwnForward(nn.Sequential):
+    def forward(self, x):
+        for module in self:
+            x = module(x) + 1
+        return x
+
+
+def test_a_subclass_without_a_forward_is_taken(kernels):
+    model = nn.ModuleList([Counting(3)])
+    x = torch.randn(1, 3, 4, 4)
+    expected = model[0](x)
+    fastops.accelerate(model)
+    assert isinstance(model[0], Counting)
+    torch.testing.assert_close(model[0](x), expected)
+    assert kernels == ["Conv2d+ReLU"]
+    for copied in (copy.deepcopy(model[0]), pickle.loads(pickle.dumps(model[0]))):
+        assert type(copied) is type(model[0])
+        assert copied.scale == 2
+        torch.testing.assert_close(copied(x), expected)
+        assert type(fastops.restore(copied)) is Counting
+    assert type(fastops.restore(model)[0]) is Counting
+
+
+def test_a_subclass_with_a_forward_stays(kernels):
+    model = OwnForward(nn.Conv2d(1, 1, 1), nn.ReLU())
+    (row,) = fastops.explain(model)
+    assert "has a forward of its own" in row.reason
+    x = torch.randn(1, 1, 3, 3)
+    expected = model(x)
+    assert torch.equal(fastops.accelerate(model)(x), expected)
+    assert type(model) is OwnForward
+
+
+def test_filter_leaves_single_convolutions_alone(kernels):
+    model = block(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU())
+    fastops.accelerate(model, filter_fn=lambda module, path: path == "2")
+    assert [(row.path, row.becomes is not None) for row in fastops.explain(model)] == [("0", True), ("2", True)]
+    assert fastops.explain(model).rows[0].done is False
+    model(torch.randn(1, 1, 3, 3))
+    assert kernels == ["Conv2d+ReLU"]
+    fastops.accelerate(model)
+    assert all(row.done for row in fastops.explain(model))
+    model(torch.randn(1, 1, 3, 3))
+    assert len(kernels) == 3
+    fastops.restore(model)
+    assert "apart" not in vars(model)
+
+
+def test_names_with_an_ordered_dict_and_nesting(kernels):
+    inner = nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 2, 1), relu=nn.ReLU()))
+    model = nn.Sequential(OrderedDict(stem=inner, head=nn.Flatten()))
+    fastops.accelerate(model)
+    assert type(model) is nn.Sequential
+    assert [row.path for row in fastops.explain(model)] == ["stem.conv"]
+    model(torch.randn(1, 1, 3, 3))
+    assert kernels == ["Conv2d+ReLU"]
+
+
+def test_on_the_cpu_auto_is_the_stock_forward_bit_for_bit(monkeypatch):
+    monkeypatch.delenv("FASTOPS_IMPL", raising=False)
+    model = TorchvisionAlexNet()
+    x = torch.randn(1, 3, 63, 63)
+    expected = model(x)
+    assert torch.equal(fastops.accelerate(model)(x), expected)
+
+
+def test_impl_on_the_module(kernels, monkeypatch):
+    monkeypatch.delenv("FASTOPS_IMPL")
+    model = fastops.nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), impl="torch")
+    assert "impl='torch'" in repr(model)
+    model(torch.randn(1, 1, 3, 3))
+    assert kernels == []
+    model.impl = "triton"
+    model(torch.randn(1, 1, 3, 3))
+    assert kernels == ["Conv2d+ReLU"]
+    with pytest.raises(ValueError, match="impl must be one of"):
+        fastops.nn.Sequential(impl="fast")
+
+
+def test_symbolic_trace_looks_inside(kernels):
+    model = fastops.accelerate(TorchvisionAlexNet())
+    traced = torch.fx.symbolic_trace(model)
+    assert any(node.target == "features.0" for node in traced.graph.nodes)
+    x = torch.randn(1, 3, 63, 63)
+    fastops.restore(model)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_without_a_graph_break(kernels, backend):
+    model = fastops.accelerate(block(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 1, 1), nn.ReLU()))
+    x = torch.randn(1, 1, 6, 6)
+    expected = model(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_compiled_before_it_was_accelerated(kernels):
+    model = block(nn.Conv2d(1, 2, 1), nn.ReLU())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(1, 1, 3, 3)
+    expected = compiled(x)
+    fastops.accelerate(compiled)
+    torch.testing.assert_close(compiled(x), expected)
+    assert kernels == ["Conv2d+ReLU"]
+    fastops.restore(compiled)
+    assert torch.equal(compiled(x), expected)
+    assert kernels == ["Conv2d+ReLU"]
+
+
+def test_checkpointed_autocast_and_no_grad(kernels):
+    model = fastops.accelerate(block(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2)))
+    x = torch.randn(1, 1, 6, 6, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert model(x).dtype == torch.float16
