@@ -420,3 +420,19 @@ def test_compiles_without_a_break():
         masks = {} if pad is None else {"src_key_padding_mask": padding("right", length)}
         torch.testing.assert_close(compiled(x, **masks), layer(x, **masks))
         compiled(x, **masks).sum().backward()
+
+
+@pytest.mark.parametrize("pad", [None, "right"])
+def test_nothing_is_read_on_the_host(pad):
+    """Meta tensors have no values: reading one raises."""
+    layer = TransformerEncoderLayer(E, H, 16, batch_first=True, device="meta")
+    encoder = TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    x = torch.empty(B, S, E, device="meta")
+    pad = None if pad is None else padding(pad).to("meta")
+    causal = torch.empty(S, S, dtype=torch.bool, device="meta")
+    for training in (True, False):
+        encoder.train(training)
+        assert encoder(x, src_key_padding_mask=pad).shape == x.shape
+        assert encoder(x, mask=causal, src_key_padding_mask=pad, is_causal=True).shape == x.shape
+        out, weights = layer.self_attn(x, x, x, key_padding_mask=pad, attn_mask=causal)
+        assert weights.shape == (B, S, S)

@@ -76,8 +76,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            out, weights = attention_and_weights(q, k, v, mask, dropout_p)
-            weights = weights.mean(1) if average_attn_weights else weights
+            out, weights = attention_and_weights(q, k, v, mask, dropout_p, average_attn_weights)
             weights = weights if batched else weights.squeeze(0)
         else:
             out = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, key_lengths=lengths, impl=self.impl)
@@ -214,20 +213,30 @@ def lengths_of(alive: Tensor) -> Tensor | None:
 
 
 def attention_and_weights(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, average: bool
 ) -> tuple[Tensor, Tensor]:
     """softmax(Q K^T / sqrt(D) + mask) V, and the weights after dropout, as torch returns them; 0 in dead rows."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    batch, heads = query.shape[:2]
+    query, key = query * query.shape[-1] ** -0.5, key.transpose(-2, -1)
+    dead = None
     if mask is None:
-        weights = scores.softmax(-1)
+        scores = query @ key
     else:
-        visible = mask if mask.dtype == torch.bool else mask != float("-inf")
-        dead = ~visible.any(-1, keepdim=True)
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+        dead = (mask == float("-inf")).all(-1, keepdim=True)
         # a softmax over -inf alone is NaN, and so is its gradient
-        weights = scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
+        mask = mask.masked_fill(dead, 0.0).to(query.dtype).expand(batch, heads, -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(mask, query.flatten(0, 1), key.flatten(0, 1)).unflatten(0, (batch, heads))
+    weights = scores.softmax(-1)
+    if dead is not None and (dead.shape[1] > 1 or not average):
+        weights, dead = weights.masked_fill(dead, 0.0), None
     weights = F.dropout(weights, dropout_p) if dropout_p else weights
-    return weights.to(value.dtype) @ value, weights
+    out = weights.to(value.dtype) @ value
+    weights = weights.mean(1) if average else weights
+    if dead is not None:  # the same rows of every head: cheaper after the heads are averaged
+        out, weights = out.masked_fill(dead, 0.0), weights.masked_fill(dead[:, 0], 0.0)
+    return out, weights
 
 
 def _visible(mask: Tensor) -> Tensor:
