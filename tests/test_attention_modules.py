@@ -434,5 +434,5 @@ def test_nothing_is_read_on_the_host(pad):
         encoder.train(training)
         assert encoder(x, src_key_padding_mask=pad).shape == x.shape
         assert encoder(x, mask=causal, src_key_padding_mask=pad, is_causal=True).shape == x.shape
-        out, weights = layer.self_attn(x, x, x, key_padding_mask=pad, attn_mask=causal)
+        _, weights = layer.self_attn(x, x, x, key_padding_mask=pad, attn_mask=causal)
         assert weights.shape == (B, S, S)
