@@ -226,7 +226,7 @@ def test_gradient_checkpointing():
     assert_same(eager, ours, *tokens_and_mask("right"), use_cache=False)
 
 
-@pytest.mark.parametrize("name", ["bert", "gemma2"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_compiles_without_a_break(name):
     eager, ours = pair(name, **({"num_hidden_layers": 1} if name == "bert" else {}))
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
