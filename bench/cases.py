@@ -37,13 +37,14 @@ def all_cases() -> list[Case]:
     return table
 
 
-def select(suite: str, op: str | None = None, words: Iterable[str] = ()) -> list[Case]:
-    """Cases of a suite, narrowed to an op and to those whose id contains every word."""
+def select(suite: str, ops: Iterable[str] = (), words: Iterable[str] = ()) -> list[Case]:
+    """Cases of a suite, narrowed to these ops (all of them where none is named) and to ids with every word."""
+    wanted, words = set(ops), list(words)
     return [
         case
         for case in all_cases()
         if (suite in case.suites or (suite == "full" and "cpu" not in case.suites))
-        and op in (None, case.op)
+        and (not wanted or case.op in wanted)
         and all(word in case.id for word in words)
     ]
 

@@ -16,8 +16,10 @@ class Effort:
     """How long to measure one case.
 
     Attributes:
-        budget_s: stop after this many seconds.
         precision: stop when every interval that a verdict rests on has at most this relative half width.
+        budget_s: after this many seconds, `enough` will do.
+        enough: the half width that still tells SAME from 3 % off.
+        patience: stop after this many budgets, however wide the intervals.
         min_rounds: never judge fewer rounds than this, unless the budget is spent.
         max_rounds: never take more.
         block_s: about how long one arm runs per round.
@@ -25,16 +27,18 @@ class Effort:
 
     budget_s: float = 8.0
     precision: float = 0.005
+    enough: float = 0.012
+    patience: float = 2.0
     min_rounds: int = 31
     max_rounds: int = 2000
     block_s: float = 1e-3
 
 
-QUICK = Effort(budget_s=1.5, max_rounds=400)
+QUICK = Effort(budget_s=1.5, max_rounds=400, patience=1.5)
 NORMAL = Effort(budget_s=4.0)
 # far shorter than a scheduler's time slice: on a busy machine most blocks run undisturbed, and the median finds those
 # (a true 1.10 was found in 8 of 8 runs with blocks of 0.5 ms, in 1 of 8 with blocks of 2 ms: two cores, load 4)
-CPU = Effort(budget_s=8.0, max_rounds=5000, block_s=5e-4)
+CPU = Effort(budget_s=8.0, patience=5.0, max_rounds=10000, block_s=5e-4)
 
 
 @dataclass
@@ -70,12 +74,15 @@ def measure(
         for name in order:
             samples[name].append(arms[name].block(launches[name]))
         after_round(count)
-        if now() - start > effort.budget_s:
-            return Rounds(samples, "budget", now() - start)
+        spent = now() - start
+        if spent > effort.budget_s * effort.patience:
+            return Rounds(samples, "budget", spent)
         if count >= next_look:
             if narrow(samples, roles, effort.precision):
-                return Rounds(samples, "precision", now() - start)
-            next_look = count + max(8, count // 4)
+                return Rounds(samples, "precision", spent)
+            if spent > effort.budget_s and narrow(samples, roles, effort.enough):
+                return Rounds(samples, "budget", spent)
+            next_look = count + max(8, count // 6)
     return Rounds(samples, "max rounds", now() - start)
 
 

@@ -69,6 +69,8 @@ def run_case(case: Case, workload: Workload, options: Options) -> Row:
     try:
         with cudnn_benchmark(CUDNN_BENCHMARK):
             _fill(row, case, workload, options)
+    except Unavailable as error:
+        row["error"], row["verdict"] = str(error), stats.ABSENT
     except Exception as error:  # one case never stops the others
         row["error"] = first_line(error)
     finally:

@@ -19,6 +19,7 @@ from bench.run import Options, fatal, run_case
 from bench.telemetry import Telemetry, summarise
 
 EXIT_OK, EXIT_INVALID = 0, 3
+EXIT_BROKEN = 4  # the CUDA context is gone: run again with --resume
 
 
 def run_suite(
@@ -59,6 +60,7 @@ def run_suite(
             progress.advance(task)
             progress.console.print(table.progress_line(row), highlight=False, markup=False, soft_wrap=True)
             if row.get("error") and fatal(RuntimeError(row["error"])):
+                results.env["broken"] = case.id
                 results.env["cut_off"] = f"{case.id} broke the CUDA context; run again with --resume for the rest"
                 break
         results.env["telemetry"] = telemetry.samples or telemetry.problem

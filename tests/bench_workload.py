@@ -12,7 +12,7 @@ from bench.run import Options, run_case
 
 CPU = torch.device("cpu")
 CASE = Case("toy", "toy", "fp32", "infer", {"size": 64}, ("cpu",))
-TINY = Effort(budget_s=0.05, min_rounds=5, max_rounds=20, block_s=1e-5)
+TINY = Effort(budget_s=0.05, patience=1.0, min_rounds=5, max_rounds=20, block_s=1e-5)
 
 
 class Toy:

@@ -134,7 +134,7 @@ def test_stops_when_narrow_or_when_time_is_up():
     rounds = measure(arms, launches, Effort(min_rounds=31, budget_s=100), ROLES)
     assert (rounds.stopped, len(rounds.samples["ours"])) == ("precision", 31)
     ticks = iter(range(10**6))
-    late = measure(arms, launches, Effort(min_rounds=31, budget_s=5), ROLES, now=lambda: float(next(ticks)))
+    late = measure(arms, launches, Effort(min_rounds=31, budget_s=5, patience=1), ROLES, now=lambda: float(next(ticks)))
     assert late.stopped == "budget"
     assert len(late.samples["ours"]) < 31
     endless = measure(arms, launches, Effort(min_rounds=4, max_rounds=9, precision=-1.0), ROLES)

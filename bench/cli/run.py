@@ -14,7 +14,7 @@ from bench.case import Case
 from bench.cli import common
 from bench.results import Unreadable
 from bench.run import Options
-from bench.runner import exit_code, run_suite
+from bench.runner import EXIT_BROKEN, exit_code, run_suite
 
 DEFAULT_FOLDER = Path("bench-results")
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("--suite", default="quick", help=f"one of {', '.join(cases.SUITES)}; default quick")
-    add("--op", help="only the cases of this op")
+    add("--op", dest="ops", action="append", default=[], metavar="OP", help="only the cases of this op (repeatable)")
     add("-k", dest="words", action="append", default=[], metavar="WORD", help="only cases with this word in their name")
     add("--providers", help="only these arms, comma separated; the first stock arm and the control stay")
     add("--quick", action="store_true", help="less time a case and two seeds: suite quick in under 60 s on a GPU")
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure; exit 0, or 2 where it cannot be done, or 3 where an arm is wrong or impossibly fast."""
+    """Measure; exit 0, 2 where it cannot be done, 3 where an arm is wrong or impossibly fast, 4 on a broken context."""
     try:
         return _run(arguments)
     except (common.CannotError, Unreadable, ValueError) as error:
@@ -70,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
         from bench.report import html
 
         html.write({"env": results.env, "rows": results.rows, "schema": 1}, arguments.html)
-    if device.type == "cpu" and arguments.suite == "quick" and not arguments.words and not arguments.op:
+    if device.type == "cpu" and arguments.suite == "quick" and not arguments.words and not arguments.ops:
         from bench import without_gpu
 
         without_gpu.show(console)
@@ -79,18 +79,19 @@ def _run(arguments: argparse.Namespace) -> int:
     console.print(f"{path}, {time.monotonic() - started:.0f} s", style="dim", highlight=False)
     print(table.verdict_line(rows, results.env["machine"]))
     sys.stdout.flush()
-    return exit_code(rows)
+    return EXIT_BROKEN if "broken" in results.env else exit_code(rows)
 
 
 def _select(arguments: argparse.Namespace, device: str) -> list[Case]:
     if arguments.suite not in cases.SUITES:
         raise common.unknown("suite", arguments.suite, cases.SUITES)
-    if arguments.op and arguments.op not in workloads.TABLE:
-        raise common.unknown("op", arguments.op, workloads.TABLE)
+    for op in arguments.ops:
+        if op not in workloads.TABLE:
+            raise common.unknown("op", op, workloads.TABLE)
     suite = "cpu" if device == "cpu" and arguments.suite == "quick" else arguments.suite
-    chosen = cases.select(suite, arguments.op, arguments.words)
+    chosen = cases.select(suite, arguments.ops, arguments.words)
     if not chosen:
-        where = f"suite {suite!r}" + (f", op {arguments.op!r}" if arguments.op else "")
+        where = f"suite {suite!r}" + (f", op {' or '.join(arguments.ops)}" if arguments.ops else "")
         if arguments.words:
             ids = [case.id for case in cases.all_cases()]
             raise common.unknown(f"case (in {where})", " ".join(arguments.words), ids)
@@ -101,9 +102,9 @@ def _select(arguments: argparse.Namespace, device: str) -> list[Case]:
 def _options(arguments: argparse.Namespace, device: common.torch.device, chosen: list[Case]) -> Options:
     effort = measure.CPU if device.type == "cpu" else measure.NORMAL
     if arguments.quick:
-        effort = replace(measure.QUICK, block_s=effort.block_s)
+        effort = replace(measure.QUICK, block_s=effort.block_s, patience=effort.patience)
     if arguments.case_budget:
-        effort = replace(effort, budget_s=arguments.case_budget)
+        effort = replace(effort, budget_s=arguments.case_budget, patience=1.0)
     providers = [name.strip() for name in arguments.providers.split(",")] if arguments.providers else None
     if providers:
         known = {arm.name for case in chosen for arm in workloads.workload(case.op).arms(case, device)}

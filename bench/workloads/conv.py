@@ -26,8 +26,8 @@ class Conv:
     def flops(self, case: Case) -> float:
         """2 N K C (valid taps over all output pixels): taps that fall on padding do no work."""
         s = case.shape
-        rows = _taps(s["height"], s["kernel"], s["stride"], s["padding"])
-        columns = _taps(s["width"], s["kernel"], s["stride"], s["padding"])
+        rows = taps(s["height"], s["kernel"], s["stride"], s["padding"])
+        columns = taps(s["width"], s["kernel"], s["stride"], s["padding"])
         # images need no gradient in a first layer; here every input gets one, as in the middle of a network
         return 2.0 * s["batch"] * s["filters"] * s["channels"] * rows * columns * common.passes(case)
 
@@ -140,7 +140,7 @@ class Conv:
         return build
 
 
-def _taps(size: int, kernel: int, stride: int, padding: int) -> int:
+def taps(size: int, kernel: int, stride: int, padding: int) -> int:
     """Taps that fall inside the image, summed over the output positions of one dimension."""
     outputs = (size + 2 * padding - kernel) // stride + 1
     starts = [i * stride - padding for i in range(outputs)]

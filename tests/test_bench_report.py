@@ -1,0 +1,151 @@
+"""The report: one offline file, opened in a real browser; nothing from a result file becomes markup."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from bench.__main__ import main
+from bench.report import html, markdown
+from tests.bench_document import HOSTILE, document
+
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=5000"
+
+
+class Outline(HTMLParser):
+    """Elements, and text per element."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.texts, self.open = [], {}, None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        self.open = dict(attributes).get("id", tag)
+
+    def handle_data(self, data):
+        self.texts[self.open] = self.texts.get(self.open, "") + data
+
+
+def test_one_offline_file():
+    text = html.render(document())
+    assert len(text.encode()) < html.MOST_BYTES
+    outside = [a for tag, a in Outline(text).found for key in ("src", "href") if key in a]
+    assert outside == []
+    assert "@import" not in text
+    assert set(re.findall(r"https?://[^\"'\s)]+", text)) <= {"http://www.w3.org/2000/svg"}
+
+
+def test_raw_data_is_inside_and_whole():
+    made = document(rows=5)
+    kept = json.loads(Outline(html.render(made)).texts["data"])
+    assert kept["document"] == made
+    assert kept["left_out"] == 0
+
+
+def test_a_large_result_stays_under_the_limit_and_says_what_it_lacks():
+    made = document(rows=200, samples=400)
+    text = html.render(made)
+    assert len(text.encode()) <= html.MOST_BYTES
+    kept = json.loads(Outline(text).texts["data"])
+    assert kept["left_out"] == 200 * 2 * 400
+    assert len(kept["document"]["rows"]) == 200
+    assert "samples_s" in made["rows"][0]["providers"]["sdpa"]  # the caller's data is untouched
+
+
+def test_hostile_text_stays_text():
+    text = html.render(document(hostile=HOSTILE))
+    plain = html.render(document())
+    tags = [tag for tag, _ in Outline(text).found]
+    assert tags == [tag for tag, _ in Outline(plain).found]
+    assert HOSTILE in json.loads(Outline(text).texts["data"])["document"]["env"]["machine"]
+    assert "<img" not in markdown.render(document(hostile=HOSTILE))
+
+
+def test_markdown_has_one_line_a_case_and_names_the_machine():
+    made = document(rows=8, hostile="|\n<b>")
+    lines = markdown.render(made).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 8 + 2
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {10}
+    assert "Made-up GPU" in lines[0]
+
+
+def test_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    source = tmp_path / "r.json"
+    source.write_text(json.dumps(document(rows=6, hostile="$x_{<b>")))
+    assert main(["report", str(source), "-o", str(tmp_path / "r.md"), "--figures", str(tmp_path / "figures")]) == 0
+    names = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert names == ["speedup-dark.png", "speedup-dark.svg", "speedup-light.png", "speedup-light.svg"]
+    assert all((tmp_path / "figures" / name).stat().st_size > 5000 for name in names)
+
+
+def test_report_errors(tmp_path, capsys):
+    source = tmp_path / "r.json"
+    source.write_text(json.dumps(document(rows=1)))
+    assert main(["report", str(source), "-o", str(tmp_path / "r.pdf")]) == 2
+    assert ".html or .md" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "missing.json")]) == 2
+    assert main(["report", str(source), "-o", str(source / "r.html")]) == 2
+    assert "r.json" in capsys.readouterr().err
+
+
+def test_empty_and_ratioless_results():
+    for rows in ([], [document(rows=8)["rows"][7]]):
+        made = {**document(rows=1), "rows": rows}
+        assert "fastops benchmark" in html.render(made)
+        assert markdown.render(made).count("\n|") >= 2
+
+
+@pytest.fixture(scope="module")
+def browse(tmp_path_factory):
+    if BROWSER is None:
+        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+
+    def run(page, *extra):
+        folder = tmp_path_factory.mktemp("browser")
+        path = folder / "report.html"
+        path.write_text(page, encoding="utf-8")
+        command = [BROWSER, *FLAGS.split(), f"--user-data-dir={folder / 'profile'}", *extra]
+        result = subprocess.run([*command, path.as_uri()], capture_output=True, timeout=120, check=False)
+        return result.stdout.decode("utf-8", "replace")
+
+    return run
+
+
+def test_a_browser_draws_it(browse, tmp_path):
+    made = document()
+    dom = Outline(browse(html.render(made), "--dump-dom", "--enable-logging=stderr"))
+    tags = [tag for tag, _ in dom.found]
+    ratios = sum(1 for row in made["rows"] if row["vs_best"])
+    assert ("html", {"lang": "en", "data-ready": "true"}) in dom.found
+    assert sum(attributes.get("class") == "case" for _, attributes in dom.found) == len(made["rows"])
+    assert tags.count("circle") > 2 * ratios  # dots, roofline, lines
+    assert tags.count("figure") >= 4
+    assert "geometric mean" in dom.texts["verdict"]
+    assert not any("NaN" in str(value) for _, attributes in dom.found for value in attributes.values())
+    picture = tmp_path / "page.png"
+    browse(html.render(made), f"--screenshot={picture}", "--window-size=1300,1600")
+    assert picture.stat().st_size > 50_000
+
+
+def test_a_browser_runs_nothing_hostile(browse):
+    dom = browse(html.render(document(hostile=HOSTILE)), "--dump-dom")
+    assert "<title>fastops benchmark</title>" in dom
+    outline = Outline(dom)
+    assert ("html", {"lang": "en", "data-ready": "true"}) in outline.found
+    assert all(tag != "img" for tag, _ in outline.found)
+
+
+def test_a_browser_draws_an_empty_result(browse):
+    dom = Outline(browse(html.render({**document(rows=1), "rows": []}), "--dump-dom"))
+    assert ("html", {"lang": "en", "data-ready": "true"}) in dom.found
