@@ -41,7 +41,13 @@ MODELS = {
         | {"eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
     ),
 }
-CAUSAL = ("llama", "mistral", "gemma2")
+# attention sinks
+MODELS["gpt oss"] = (
+    "GptOssForCausalLM",
+    "GptOssConfig",
+    {**GQA, "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1, "pad_token_id": 0},
+)
+CAUSAL = ("llama", "mistral", "gemma2", "gpt oss")
 LENGTH = 19
 
 
@@ -236,6 +242,19 @@ def test_compiles_without_a_break(name):
     torch.testing.assert_close(hidden(compiled, tokens, mask, **options), expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("side", ["right", None])
+def test_output_attentions(name, side):
+    eager, ours = pair(name)
+    tokens, mask = tokens_and_mask(side)
+    expected, found = (m(tokens, attention_mask=mask, output_attentions=True).attentions for m in (eager, ours))
+    alive = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    assert len(found) == len(expected)
+    for ours_weights, eager_weights in zip(found, expected, strict=True):
+        ours_weights, eager_weights = (w.transpose(1, 2)[alive] for w in (ours_weights, eager_weights))
+        torch.testing.assert_close(ours_weights, eager_weights, rtol=2e-5, atol=2e-6)
+
+
 def masks(function, q_length=6, kv_length=6, padding=True, **options):
     attention_mask = torch.ones(2, kv_length, dtype=torch.bool) if padding else None
     return integration.fastops_mask(
@@ -288,7 +307,7 @@ def test_a_model_that_does_not_tell_its_window_gets_it_right():
     assert weights is None
 
 
-@pytest.mark.parametrize("name", ["s_aux", "cache", "indices", "output_attentions"])
+@pytest.mark.parametrize("name", ["cache", "indices", "head_mask"])
 def test_what_is_not_supported_raises(name):
     query = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match=name):

@@ -27,8 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastops.nn.attention import lengths_of
-from fastops.ops.attention import scaled_dot_product_attention
+from fastops._env import KernelUnavailable, choose_impl
+from fastops.nn.attention import attention_and_weights, lengths_of
+from fastops.ops.attention import IMPLS, scaled_dot_product_attention
+from fastops.ops.attention_reference import Options, visible_keys
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -47,7 +49,6 @@ except ImportError as error:
 NAME = "fastops"
 # what some models ask of their attention and this one does not do
 UNSUPPORTED = {
-    "s_aux": "attention sinks",
     "sinks": "attention sinks",
     "cache": "a paged cache (continuous batching)",
     "indices": "sparse attention",
@@ -81,8 +82,10 @@ def fastops_attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    output_attentions: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention function of transformers: query (B, H, Sq, D), key and value (B, Hk, Sk, D) to (B, Sq, H, Dv).
 
     Args:
@@ -96,19 +99,19 @@ def fastops_attention(
         is_causal: overrides the module.
         softcap: c tanh(scores / c).
         position_bias: added to the scores, broadcastable to (B, H, Sq, Sk).
+        s_aux: (H,) attention sinks: each adds exp(s) to the sum its head's weights are divided by.
+        output_attentions: also return the weights, (B, H, Sq, Sk), which takes torch and memory for all of them.
         **kwargs: what else the model passes. `sliding_window` is in the mask already; what would change the result and
             is not supported raises.
 
     Raises:
-        ValueError: attention weights, sinks, a paged cache or sparse attention are asked for, or the mask has a shape
-            that means nothing here.
+        ValueError: a paged cache, a head mask or sparse attention is asked for, or the mask has a shape that means
+            nothing here.
         KernelUnavailable: FASTOPS_IMPL=triton where the kernel cannot run.
     """
     for name, what in UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f'attn_implementation="{NAME}" does not support {what} ({name}); use "eager"')
-    if kwargs.get("output_attentions"):
-        raise ValueError(f'attn_implementation="{NAME}" forms no attention weights (output_attentions); use "eager"')
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     q_len, k_len = query.shape[2], key.shape[2]
@@ -136,6 +139,9 @@ def fastops_attention(
         mask = mask[:, None, None]
     if position_bias is not None:
         mask = joined(position_bias, mask)
+    if output_attentions:
+        out, weights = attention_with_weights(query, key, value, mask, dropout, causal, scaling, window, softcap, s_aux)
+        return out.transpose(1, 2).contiguous(), weights
     out = scaled_dot_product_attention(
         query,
         key,
@@ -149,8 +155,48 @@ def fastops_attention(
         query_lengths=queries,
         window=window,
         softcap=softcap or 0.0,
+        return_lse=s_aux is not None,
     )
+    if s_aux is not None:
+        out, lse = out
+        out = out * sink_share(lse, s_aux).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
+    """exp(lse) / (exp(lse) + exp(sink)), (B, H, Sq, 1): what a softmax with a sink keeps of one without."""
+    return torch.sigmoid(lse - sinks.reshape(1, -1, 1))[..., None]
+
+
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scaling: float | None,
+    window: tuple[int, int] | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same in torch, forming the weights."""
+    if choose_impl("auto", IMPLS) == "triton":
+        raise KernelUnavailable("attention with FASTOPS_IMPL=triton: output_attentions asks for what it never stores")
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) if group > 1 else x for x in (key, value))
+    left, right = window or (-1, 0 if causal else -1)
+    band = visible_keys(query.shape[2], key.shape[2], query.device, Options(1.0, left, right))
+    if band is not None:
+        mask = band if mask is None else joined(mask, band) if mask.dtype != torch.bool else mask & band
+    out, weights = attention_and_weights(query, key, value, mask, dropout, scale=scaling, softcap=softcap or 0.0)
+    if sinks is None:
+        return out, weights
+    _, lse = scaled_dot_product_attention(
+        query, key, value, mask, 0.0, scale=scaling, softcap=softcap or 0.0, return_lse=True
+    )
+    share = sink_share(lse, sinks)
+    return out * share.to(out.dtype), weights * share.to(weights.dtype)
 
 
 def fastops_mask(

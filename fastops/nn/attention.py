@@ -213,21 +213,33 @@ def lengths_of(alive: Tensor) -> Tensor | None:
 
 
 def attention_and_weights(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, average: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    average: bool = False,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(Q K^T / sqrt(D) + mask) V, and the weights after dropout, as torch returns them; 0 in dead rows."""
+    """softmax(scale Q K^T + mask) V, and the weights after dropout, as torch returns them; 0 in dead rows."""
     batch, heads = query.shape[:2]
-    query, key = query * query.shape[-1] ** -0.5, key.transpose(-2, -1)
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    key = key.transpose(-2, -1)
     dead = None
-    if mask is None:
+    if mask is None or softcap:
         scores = query @ key
-    else:
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    if mask is not None:
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
         dead = (mask == float("-inf")).all(-1, keepdim=True)
         # a softmax over -inf alone is NaN, and so is its gradient
         mask = mask.masked_fill(dead, 0.0).to(query.dtype).expand(batch, heads, -1, -1).flatten(0, 1)
-        scores = torch.baddbmm(mask, query.flatten(0, 1), key.flatten(0, 1)).unflatten(0, (batch, heads))
+        if softcap:
+            scores = scores + mask.unflatten(0, (batch, heads))
+        else:
+            scores = torch.baddbmm(mask, query.flatten(0, 1), key.flatten(0, 1)).unflatten(0, (batch, heads))
     weights = scores.softmax(-1)
     if dead is not None and (dead.shape[1] > 1 or not average):
         weights, dead = weights.masked_fill(dead, 0.0), None
