@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sysconfig
 import zlib
@@ -43,8 +44,12 @@ class ByteWindows:
 def standard_library_files() -> list[tuple[str, Path]]:
     """(relative path, path) of the sources of the running Python's standard library, without tests, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
-    files = [(name, path) for name, path in found if not NOT_LIBRARY & set(name.split("/"))]
+    files = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in NOT_LIBRARY]  # site-packages may be huge: not even looked at
+        found = (Path(folder, name) for name in names if name.endswith(".py"))
+        files += [(path.relative_to(root).as_posix(), path) for path in found]
+    files.sort()
     if len(files) < 2 * ONE_IN:
         raise DataError(f"this Python keeps no sources of its standard library in {root}: use --data text --root DIR")
     return files
