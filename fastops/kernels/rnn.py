@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastops.kernels import rnn_plan
+from fastops.kernels import rnn_plan, rnn_step
 from fastops.kernels._common import dot_precision, interpreted
 from fastops.kernels.rnn_backward import backward_kernel
 from fastops.kernels.rnn_forward import forward_kernel
@@ -56,7 +56,6 @@ def forward(
     batch_rows: bool,
     engine: str,
     save: bool,
-    tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output, h_n, c_n and what backward needs: slots, h before and c after each step (empty without `save`)."""
     errors = errors_of(input.device)
@@ -84,54 +83,55 @@ def forward(
             cell.copy_(c0)
     b_hn = _bias_of_candidate(mode, weights, per, directions, input)
     w_hh = _recurrent_weights(weights, per, directions)
-    machine = Machine.at(input.device)
-    plan = _plan(engine, mode, hidden, batch, directions, input.element_size(), machine, backward=False)
-    time, row = (0, 1) if not batch_first else (1, 0)
-    alone = interpreted() and plan.tiles > 1
-
-    for first, count in _launches(batch, plan):
-        counters = torch.zeros(directions * count, dtype=torch.int32, device=input.device)
-        state = h_in
-        # the interpreter runs programs one after another: where they would meet, each step is a launch of its own
-        for s_start in range(steps) if alone else (0,):
-            forward_kernel[(plan.tiles * count * directions,)](
-                gates,
-                w_hh,
-                b_hn,
-                state,
-                h_n,
-                cell,
-                output,
-                before,
-                cells,
-                lengths,
-                counters,
-                errors,
-                steps,
-                batch,
-                steps * batch,
-                1 if batch_rows else batch,
-                steps if batch_rows else 1,
-                output.stride(time),
-                output.stride(row),
-                first,
-                count,
-                s_start,
-                s_start + 1 if alone else steps,
-                PATIENCE,
-                MODE=mode,
-                H=hidden,
-                BLOCK_H=plan.block_h,
-                BLOCK_B=plan.block_b,
-                BLOCK_K=plan.block_k,
-                RAGGED=ragged,
-                SAVE=save,
-                BARRIER=plan.tiles > 1 and not alone,
-                PRECISION=dot_precision(input.dtype, tf32),
-                **_options(plan),
-            )
-            if alone:
-                state = h_n.clone()
+    time, row = (1, 0) if batch_first else (0, 1)
+    sizes = (steps, batch, steps * batch, 1 if batch_rows else batch, steps if batch_rows else 1)
+    strides = (output.stride(time), output.stride(row))
+    if engine == "step":
+        h_n.copy_(h_in)
+        tensors = (gates, w_hh, b_hn, h_n, cell, output, before, cells, lengths, errors)
+        rnn_step.forward_steps(tensors, sizes, strides, steps, mode, ragged, save, math_of(input.dtype))
+    else:
+        plan = _plan(engine, mode, hidden, batch, directions, input, backward=False)
+        alone = interpreted() and plan.tiles > 1
+        for first, count in _launches(batch, plan):
+            counters = torch.zeros(directions * count, dtype=torch.int32, device=input.device)
+            state = h_in
+            # the interpreter runs programs one after another: where they would meet, each step is a launch of its own
+            for s_start, s_end in [(s, s + 1) for s in range(steps)] if alone else [(0, steps)]:
+                forward_kernel[(plan.tiles * count * directions,)](
+                    gates,
+                    w_hh,
+                    b_hn,
+                    state,
+                    h_n,
+                    cell,
+                    output,
+                    before,
+                    cells,
+                    lengths,
+                    counters,
+                    errors,
+                    *sizes,
+                    *strides,
+                    first,
+                    count,
+                    s_start,
+                    s_end,
+                    PATIENCE,
+                    MODE=mode,
+                    H=hidden,
+                    BLOCK_H=plan.block_h,
+                    BLOCK_B=plan.block_b,
+                    BLOCK_K=plan.block_k,
+                    RAGGED=ragged,
+                    SAVE=save,
+                    BARRIER=plan.tiles > 1 and not alone,
+                    PRECISION=_precision(input.dtype),
+                    MATH=math_of(input.dtype),
+                    **_options(plan),
+                )
+                if alone:
+                    state = h_n.clone()
     c_n = cell.to(input.dtype) if mode == "LSTM" else input.new_empty(0)
     return output, h_n, c_n, gates if save and slots == 4 else input.new_empty(0), before, cells
 
@@ -154,7 +154,6 @@ def backward(
     batch_first: bool,
     batch_rows: bool,
     engine: str,
-    tf32: bool,
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of input, h0, c0 and the weights, in that order; an empty tensor where `needs` says none is wanted."""
@@ -176,55 +175,55 @@ def backward(
     if mode == "LSTM":
         start_c = input.new_zeros(shape) if c0 is None else c0.contiguous()
     w_hh = _recurrent_weights(weights, per, directions)
-    machine = Machine.at(input.device)
-    plan = _plan(engine, mode, hidden, batch, directions, input.element_size(), machine, backward=True)
-    time, row = (0, 1) if not batch_first else (1, 0)
-    alone = interpreted() and plan.tiles > 1
-
-    for first, count in _launches(batch, plan):
-        counters = torch.zeros(directions * count, dtype=torch.int32, device=input.device)
-        windows = [(s, s + 1) for s in reversed(range(steps))] + [(0, 0)] if alone else [(0, steps)]
-        for s_start, s_end in windows:
-            backward_kernel[(plan.tiles * count * directions,)](
-                d_output,
-                gates,
-                cells,
-                start_c,
-                output if slots == 1 else before,
-                w_hh,
-                d_gates,
-                d_state,
-                d_cell,
-                lengths,
-                counters,
-                errors,
-                steps,
-                batch,
-                steps * batch,
-                1 if batch_rows else batch,
-                steps if batch_rows else 1,
-                d_output.stride(time),
-                d_output.stride(row),
-                output.stride(time),
-                output.stride(row),
-                first,
-                count,
-                s_start,
-                s_end,
-                PATIENCE,
-                MODE=mode,
-                H=hidden,
-                BLOCK_H=plan.block_h,
-                BLOCK_B=plan.block_b,
-                BLOCK_K=plan.block_k,
-                SPLIT=plan.split,
-                GROUP=plan.group,
-                RAGGED=ragged,
-                BARRIER=plan.tiles > 1 and not alone,
-                FINISH=not alone or s_end == 0,
-                PRECISION=dot_precision(input.dtype, tf32),
-                **_options(plan),
-            )
+    time, row = (1, 0) if batch_first else (0, 1)
+    sizes = (steps, batch, steps * batch, 1 if batch_rows else batch, steps if batch_rows else 1)
+    strides = (d_output.stride(time), d_output.stride(row), output.stride(time), output.stride(row))
+    tensors = (
+        d_output,
+        gates,
+        cells,
+        start_c,
+        output if slots == 1 else before,
+        w_hh,
+        d_gates,
+        d_state,
+        d_cell,
+        lengths,
+    )
+    if engine == "step":
+        rnn_step.backward_steps((*tensors, errors), sizes, strides, steps, mode, ragged, math_of(input.dtype))
+    else:
+        plan = _plan(engine, mode, hidden, batch, directions, input, backward=True)
+        alone = interpreted() and plan.tiles > 1
+        for first, count in _launches(batch, plan):
+            counters = torch.zeros(directions * count, dtype=torch.int32, device=input.device)
+            windows = [(s, s + 1) for s in reversed(range(steps))] + [(0, 0)] if alone else [(0, steps)]
+            for s_start, s_end in windows:
+                backward_kernel[(plan.tiles * count * directions,)](
+                    *tensors,
+                    counters,
+                    errors,
+                    *sizes,
+                    *strides,
+                    first,
+                    count,
+                    s_start,
+                    s_end,
+                    PATIENCE,
+                    MODE=mode,
+                    H=hidden,
+                    BLOCK_H=plan.block_h,
+                    BLOCK_B=plan.block_b,
+                    BLOCK_K=plan.block_k,
+                    SPLIT=plan.split,
+                    GROUP=plan.group,
+                    RAGGED=ragged,
+                    BARRIER=plan.tiles > 1 and not alone,
+                    FINISH=not alone or s_end == 0,
+                    PRECISION=_precision(input.dtype),
+                    MATH=math_of(input.dtype),
+                    **_options(plan),
+                )
     found = [_input_gradient(input, weights, per, d_gates, mode, batch_first, batch_rows) if needs[0] else None]
     found.append(d_state.to(input.dtype) if needs[1] else None)
     found.append(d_cell.to(input.dtype) if needs[2] else None)
@@ -303,16 +302,9 @@ def _fp32(gradient: Tensor | None, input: Tensor, shape: tuple[int, int, int]) -
     return gradient.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
-def _plan(
-    engine: str,
-    mode: str,
-    hidden: int,
-    batch: int,
-    directions: int,
-    itemsize: int,
-    machine: Machine,
-    backward: bool,
-) -> Plan:
+def _plan(engine: str, mode: str, hidden: int, batch: int, directions: int, input: Tensor, backward: bool) -> Plan:
+    machine = Machine.at(input.device)
+    itemsize = input.element_size()
     if engine == "small":
         plan = rnn_plan.small(mode, hidden, itemsize, machine, backward)
     else:
@@ -325,6 +317,18 @@ def _launches(batch: int, plan: Plan) -> list[tuple[int, int]]:
     """(first batch tile, number of batch tiles) of each launch."""
     tiles = -(-batch // plan.block_b)
     return [(first, min(plan.batch_tiles, tiles - first)) for first in range(0, tiles, plan.batch_tiles)]
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """fp32 is rounded to TF32 where torch lets recurrent nets do so (torch.backends.cudnn.rnn, cudnn.allow_tf32)."""
+    return dot_precision(dtype, torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32")
+
+
+def math_of(dtype: torch.dtype) -> str:
+    """How exact the pointwise part is, see rnn_gates."""
+    if interpreted():
+        return "exact"
+    return {torch.float16: "fast", torch.bfloat16: "approx"}.get(dtype, "exact")
 
 
 def _options(plan: Plan) -> dict[str, object]:

@@ -3,8 +3,8 @@
 Same tiles as the forward kernel, steps in reverse. Every step turns dh and dc into gradients of the slot sums, which
 are stored (the gradients of weights, biases and input are large products over T * B rows after the kernel), and
 `dh[BLOCK_H, BLOCK_B] = W_slice^T @ d_sums^T` sums over all gates and units. With one program per batch tile that
-product stays on chip. With several, its long inner dimension is split over the warps of a program by a batched product, each
-warp with its part of W_slice, and the gradients are exchanged through the buffer they are stored in.
+product stays on chip. With several, its long inner dimension is split over the warps of a program by a batched
+product, each warp with its part of W_slice, and the gradients are exchanged through the buffer they are stored in.
 
 Bytes per step and program: reads GATES * H * BLOCK_B gradients (from L2), the saved slots, c and dy of its own tile;
 writes its own slots' gradients. dh and dc stay in fp32 registers from the last step to the first.
@@ -55,6 +55,7 @@ def backward_kernel(
     BARRIER: tl.constexpr,
     FINISH: tl.constexpr,
     PRECISION: tl.constexpr,
+    MATH: tl.constexpr,
 ):
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     SLOTS: tl.constexpr = 4 if MODE == "LSTM" or MODE == "GRU" else 1
@@ -156,7 +157,7 @@ def backward_kernel(
                 later = d_gates_ptr + g_step * (SLOTS * H) + all_slots
                 dh += _product(weights, later, s + 1 < length, RAGGED, H, BLOCK_K, SPLIT, GROUP, GATES, PRECISION)
 
-        d0, d1, d2, d3, next_dc, direct = step_backward(MODE, s0, s1, s2, s3, c, earlier, dh + dy, dc)
+        d0, d1, d2, d3, next_dc, direct = step_backward(MODE, MATH, s0, s1, s2, s3, c, earlier, dh + dy, dc)
         d0 = d0.to(dtype)
         tl.store(d_gates_ptr + own_slots, d0, mask=running)
         if SLOTS == 4:

@@ -50,6 +50,7 @@ def forward_kernel(
     SAVE: tl.constexpr,
     BARRIER: tl.constexpr,
     PRECISION: tl.constexpr,
+    MATH: tl.constexpr,
 ):
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
@@ -132,7 +133,7 @@ def forward_kernel(
         else:
             sum0, sum1, sum2, sum3 = sums, 0.0, 0.0, 0.0
         h, next_c, s0, s1, s2, s3 = step_forward(
-            MODE, sum0 + x0, sum1 + x1, sum2 + x2, sum3 + x3, h_state.to(tl.float32), c
+            MODE, MATH, sum0 + x0, sum1 + x1, sum2 + x2, sum3 + x3, h_state.to(tl.float32), c
         )
         h = h.to(dtype)
         tl.store(output_ptr + y_own, h, mask=running)
@@ -213,13 +214,11 @@ def _product(
 @triton.jit
 def _load_slots(ptrs, mask, bias, MODE: tl.constexpr, H: tl.constexpr):
     """The input product of one step, a slot each; the first slot of a GRU has a bias only."""
-    if MODE == "LSTM":
+    x0, x1, x2, x3 = bias, 0.0, 0.0, 0.0
+    if MODE != "GRU":
         x0 = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    elif MODE == "GRU":
-        x0 = bias
-    else:
-        return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), 0.0, 0.0, 0.0
-    x1 = tl.load(ptrs + H, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(ptrs + 2 * H, mask=mask, other=0.0).to(tl.float32)
-    x3 = tl.load(ptrs + 3 * H, mask=mask, other=0.0).to(tl.float32)
+    if MODE == "LSTM" or MODE == "GRU":
+        x1 = tl.load(ptrs + H, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(ptrs + 2 * H, mask=mask, other=0.0).to(tl.float32)
+        x3 = tl.load(ptrs + 3 * H, mask=mask, other=0.0).to(tl.float32)
     return x0, x1, x2, x3

@@ -99,7 +99,6 @@ def _forward_fake(
     batch_rows: bool,
     engine: str,
     save: bool,
-    tf32: bool,
 ) -> tuple[Tensor, ...]:
     directions = len(split(weights))
     hidden = weights[1].shape[1]
@@ -136,7 +135,6 @@ def _backward_fake(
     batch_first: bool,
     batch_rows: bool,
     engine: str,
-    tf32: bool,
     needs: list[bool],
 ) -> list[Tensor]:
     first, second, size = input.shape
@@ -165,7 +163,7 @@ def _backward_flops(
 _forward_op = _library.define(
     "rnn_forward",
     "(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, str mode, bool batch_first, "
-    "bool batch_rows, str engine, bool save, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool batch_rows, str engine, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastops.ops.rnn_launch:forward",
     _forward_fake,
     _forward_flops,
@@ -174,7 +172,7 @@ _backward_op = _library.define(
     "rnn_backward",
     "(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, "
     "Tensor? lengths, Tensor output, Tensor gates, Tensor before, Tensor cells, str mode, bool batch_first, "
-    "bool batch_rows, str engine, bool tf32, bool[] needs) -> Tensor[]",
+    "bool batch_rows, str engine, bool[] needs) -> Tensor[]",
     "fastops.ops.rnn_launch:backward",
     _backward_fake,
     _backward_flops,
@@ -193,25 +191,24 @@ class _RecurrentLayer(torch.autograd.Function):
         batch_rows: bool,
         engine: str,
         save: bool,
-        tf32: bool,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        return _forward_op(input, h0, c0, list(weights), lengths, mode, batch_first, batch_rows, engine, save, tf32)
+        return _forward_op(input, h0, c0, list(weights), lengths, mode, batch_first, batch_rows, engine, save)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, h0, c0, lengths, mode, batch_first, batch_rows, engine, _, tf32, *weights = inputs
+        input, h0, c0, lengths, mode, batch_first, batch_rows, engine, _, *weights = inputs
         ctx.save_for_backward(input, h0, c0, lengths, output[0], *output[3:], *weights)
         ctx.mark_non_differentiable(*output[3:], *(() if mode == "LSTM" else output[2:3]))
         ctx.set_materialize_grads(False)
-        ctx.options = (mode, batch_first, batch_rows, engine, tf32)
+        ctx.options = (mode, batch_first, batch_rows, engine)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # type: ignore[override]
         input, h0, c0, lengths, output, gates, before, cells, *weights = ctx.saved_tensors
-        mode, batch_first, batch_rows, engine, tf32 = ctx.options
+        mode, batch_first, batch_rows, engine = ctx.options
         d_output, d_h_n, d_c_n = gradients[:3]
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2)] + list(ctx.needs_input_grad[10:])
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2)] + list(ctx.needs_input_grad[9:])
         if _library.differentiable_again():
 
             def again(input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -240,11 +237,10 @@ class _RecurrentLayer(torch.autograd.Function):
                 batch_first,
                 batch_rows,
                 engine,
-                tf32,
                 needs,
             )
             found = [x if needed else None for x, needed in zip(results, needs, strict=True)]
-        return *found[:3], *[None] * 7, *found[3:]
+        return *found[:3], *[None] * 6, *found[3:]
 
 
 def recurrent_layer(
@@ -330,16 +326,9 @@ def _run(
         time.stride(0) < time.stride(1),
         engine,
         torch.is_grad_enabled() and bool(differentiated),
-        _tf32_allowed(),
         *flat,
     )
     return output, h_n, c_n if mode == "LSTM" else None
-
-
-@torch.compiler.assume_constant_result
-def _tf32_allowed() -> bool:
-    """Whether torch lets recurrent nets round fp32 products to TF32 (torch.backends.cudnn.rnn, or cudnn.allow_tf32)."""
-    return torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32"
 
 
 def _auto(

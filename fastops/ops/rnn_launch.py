@@ -33,7 +33,6 @@ def forward(
     batch_rows: bool,
     engine: str,
     save: bool,
-    tf32: bool,
 ) -> tuple[Tensor, ...]:
     """`fastops::rnn_forward`."""
     if engine == "torch":
@@ -41,7 +40,7 @@ def forward(
             output, h_n, c_n = stock(mode, input, h0, c0, split(weights), lengths, batch_first)
         nothing = [input.new_empty(0), input.new_empty(0), input.new_empty(0, dtype=torch.float32)]
         return output.contiguous(), h_n, input.new_empty(0) if c_n is None else c_n, *nothing
-    return _kernels(engine).forward(input, h0, c0, weights, lengths, mode, batch_first, batch_rows, engine, save, tf32)
+    return _kernels().forward(input, h0, c0, weights, lengths, mode, batch_first, batch_rows, engine, save)
 
 
 def backward(
@@ -61,7 +60,6 @@ def backward(
     batch_first: bool,
     batch_rows: bool,
     engine: str,
-    tf32: bool,
     needs: list[bool],
 ) -> list[Tensor]:
     """`fastops::rnn_backward`: gradients of input, h0, c0 and the weights; empty where none is wanted."""
@@ -71,7 +69,7 @@ def backward(
         )
     if d_output is None:
         d_output = input.new_zeros(()).expand(output.shape)
-    return _kernels(engine).backward(
+    return _kernels().backward(
         d_output,
         d_h_n,
         d_c_n,
@@ -88,14 +86,11 @@ def backward(
         batch_first,
         batch_rows,
         engine,
-        tf32,
         needs,
     )
 
 
-def _kernels(engine: str) -> Any:
-    if engine == "step":
-        return importlib.import_module("fastops.kernels.rnn_step")
+def _kernels() -> Any:
     return importlib.import_module("fastops.kernels.rnn")
 
 
