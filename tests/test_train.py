@@ -24,7 +24,21 @@ from models.training.run import Run, train
 pytest.importorskip("tokenizers")
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-WORDS = "open read write close file path name socket thread lock queue event parse token".split()
+WORDS = ("open", "read", "write", "close", "file", "path", "name", "socket", "thread", "lock", "queue", "token")
+    "open",
+    "read",
+    "write",
+    "close",
+    "file",
+    "path",
+    "name",
+    "socket",
+    "thread",
+    "lock",
+    "queue",
+    "parse",
+    "token",
+)
 
 
 @pytest.fixture
@@ -136,11 +150,11 @@ class TestRun:
         assert sum(losses[-6:]) < 0.6 * sum(losses[:6])
 
     def test_bits_per_byte(self, library, tmp_path):
-        wanted = {"task": "lm", "data": "text", "root": str(library), "metrics": str(tmp_path / "m.jsonl")}
-        train(options(library, tmp_path, **wanted))
-        (epoch,) = (event for event in lines_of(tmp_path / "m.jsonl") if event["event"] == "epoch")
+        wanted = {"task": "lm", "data": "text", "root": str(library), "learning_rate": 0.01}
+        train(options(library, tmp_path, epochs=4, metrics=str(tmp_path / "m.jsonl"), **wanted))
+        *_, epoch = (event for event in lines_of(tmp_path / "m.jsonl") if event["event"] == "epoch")
         assert epoch["test_bits_per_byte"] == pytest.approx(epoch["test_loss"] / math.log(2))
-        assert epoch["test_bits_per_byte"] < 8
+        assert epoch["test_bits_per_byte"] < 6
 
     def test_same_seed_same_run(self, table, tmp_path, dropout):
         for name in ("a", "b"):
@@ -215,13 +229,14 @@ class TestResume:
         assert saved == [*(("last.pt", step) for step in steps), ("last.pt", 6), ("best.pt", 6)]
 
 
-class TestCheckpoint:
-    CONTENT = {"model": {"w": torch.arange(3)}, "n": 1}
+CONTENT = {"model": {"w": torch.arange(3)}, "n": 1}
 
+
+class TestCheckpoint:
     def test_there_and_back(self, tmp_path):
         path = tmp_path / "new" / "folder" / "c.pt"
-        checkpoint.save(path, self.CONTENT)
-        assert same(checkpoint.load(path), {"format": checkpoint.FORMAT, **self.CONTENT})
+        checkpoint.save(path, CONTENT)
+        assert same(checkpoint.load(path), {"format": checkpoint.FORMAT, **CONTENT})
         assert [file.name for file in path.parent.iterdir()] == ["c.pt"]
         umask = os.umask(0)
         os.umask(umask)
@@ -230,7 +245,7 @@ class TestCheckpoint:
     @pytest.mark.parametrize("broken", ["save", "fsync", "replace"])
     def test_an_interrupted_write_loses_nothing(self, tmp_path, monkeypatch, broken):
         path = tmp_path / "c.pt"
-        checkpoint.save(path, self.CONTENT)
+        checkpoint.save(path, CONTENT)
         before = path.read_bytes()
 
         def fail(*args, **kwargs):
@@ -249,7 +264,7 @@ class TestCheckpoint:
         path = tmp_path / "c.pt"
         with pytest.raises(checkpoint.CheckpointError, match=r"c\.pt is missing"):
             checkpoint.load(path)
-        checkpoint.save(path, self.CONTENT)
+        checkpoint.save(path, CONTENT)
         whole = path.read_bytes()
         for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint", whole[:200] + b"\0" * 400 + whole[600:]):
             path.write_bytes(damaged)
@@ -413,7 +428,7 @@ def test_two_processes_learn_as_one_with_the_double_batch(table, tmp_path):
     process = start(*two, module="torch.distributed.run")
     printed = process.communicate(timeout=240)[0]
     assert process.returncode == 0, printed
-    one = dict(epochs=2, batch=10, metrics=str(files[1]), out=str(tmp_path / "one"))
+    one = {"epochs": 2, "batch": 10, "metrics": str(files[1]), "out": str(tmp_path / "one")}
     assert train(options(table, tmp_path, **one)) == 0
     states = [checkpoint.load(tmp_path / name / "last.pt") for name in ("two", "one")]
     assert states[0]["world"] == 2

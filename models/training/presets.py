@@ -86,10 +86,10 @@ RECURRENT_CLASSIFIER = {
 PRESETS: dict[tuple[str, str], dict[str, Preset]] = {
     ("alexnet", "classify"): {
         "small": Preset(
-            epochs=4,
+            epochs=6,
             batch=32,
             optimizer="sgd",
-            learning_rate=1e-2,
+            learning_rate=1e-3,
             model={"dropout": 0.5},
             data={"size": 127, "resize": 127},
         ),

@@ -110,10 +110,12 @@ def _images(options: Options, preset: Preset) -> Task:
         assert options.root is not None
         train = data.cifar10(options.root, **preset.data)
         test = data.cifar10(options.root, **preset.data, train=False)
+    model = AlexNet(num_classes=len(train.classes), **preset.model)
+    he_initialise(model)
     return Task(
         options.model,
         False,
-        AlexNet(num_classes=len(train.classes), **preset.model),
+        model,
         Limited.of(train, options.limit),
         Limited.of(test, options.limit),
         lambda model, batch: model(batch["images"]),
@@ -121,6 +123,15 @@ def _images(options: Options, preset: Preset) -> Task:
         f"{options.data} at {size} x {size}, {len(train.classes)} classes",
         baseline=float(test.labels.bincount().max() / len(test)),
     )
+
+
+def he_initialise(model: nn.Module) -> None:
+    """Weights N(0, 2 / fan_in), biases 0 (He et al., 2015), made for many layers of ReLU."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _language(options: Options, preset: Preset) -> Task:
