@@ -19,6 +19,8 @@ import torch
 LIBRARY = torch.library.Library("fastops", "DEF")
 FLOP_COUNTER = "torch.utils.flop_counter"
 _flop_formulas: dict[str, Callable[..., int]] = {}
+# op name -> function that imports and returns its launcher; `fastops inspect --shape` runs launchers on fake tensors
+LAUNCHERS: dict[str, Callable[[], Callable[..., Any]]] = {}
 
 
 def define(
@@ -54,6 +56,7 @@ def define(
         with torch.cuda.device(device):
             return launcher()(*args)
 
+    LAUNCHERS[name] = launcher
     LIBRARY.impl(name, on_cpu, "CPU")
     LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"fastops::{name}", fake, lib=LIBRARY)

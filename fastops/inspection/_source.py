@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
+import importlib.util
 import inspect
+import os
+import sys
 import textwrap
 from collections.abc import Mapping
 from types import ModuleType
@@ -37,6 +41,36 @@ def address(kernel: Any) -> dict[str, str | None]:
     }
 
 
+def find(where: Mapping[str, Any]) -> Any:
+    """What `address` described, imported or executed here."""
+    value: Any = _module(where["module"], where["file"])
+    for part in where["name"].split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _module(name: str, file: str) -> ModuleType:
+    if name in sys.modules and name != "__main__":
+        return sys.modules[name]
+    spec = None if name == "__main__" else importlib.util.find_spec(name)
+    if spec is not None and spec.origin and os.path.realpath(spec.origin) == os.path.realpath(file):
+        return importlib.import_module(name)
+    # a script, or a module that the caller loaded from a file
+    alias = f"_inspected_{hashlib.sha256(file.encode()).hexdigest()[:16]}"
+    if alias not in sys.modules:
+        spec = importlib.util.spec_from_file_location(alias, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[alias] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[alias]
+            raise
+    return sys.modules[alias]
+
+
 def encode(name: str, value: Any) -> Any:
     """A constexpr value as JSON: numbers, strings, tuples, Triton dtypes and jit functions."""
     if type(value).__name__ == "constexpr":
@@ -50,6 +84,19 @@ def encode(name: str, value: Any) -> Any:
     if type(value).__module__.startswith("triton.language") and type(value).__name__ == "dtype":
         return {"dtype": str(value)}
     raise TypeError(f"constexpr {name}={value!r}: expected a number, string, tuple, Triton dtype or jit function")
+
+
+def decode(value: Any) -> Any:
+    """The constexpr value that `encode` wrote."""
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(decode(item) for item in value["tuple"])
+    if "dtype" in value:
+        import triton.language
+
+        return triton.language.dtype(value["dtype"])
+    return find(value["jit"])
 
 
 def digest(kernel: Any, constexprs: Mapping[str, Any]) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import importlib
-import importlib.util
 import io
 import json
 import os
@@ -48,8 +46,8 @@ def main() -> None:
 def serve(task: dict[str, Any]) -> dict[str, Any]:
     """Compile one task; errors of the kernel are part of the report, errors of ours are `failed`."""
     try:
-        kernel = locate(task["kernel"])
-        constexprs = {name: decode(value) for name, value in task["constexprs"].items()}
+        kernel = jit_function(_source.find(task["kernel"]))
+        constexprs = {name: _source.decode(value) for name, value in task["constexprs"].items()}
         digest = _source.digest(kernel, constexprs)
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"}
@@ -148,52 +146,13 @@ def disassemble(cubin: bytes) -> str:
     return done.stdout
 
 
-def locate(where: dict[str, str]) -> Any:
-    """The jit function that `_source.address` described, without autotune and heuristics around it."""
+def jit_function(kernel: Any) -> Any:
+    """The kernel without autotune and heuristics around it."""
     from triton.runtime.jit import JITFunction
 
-    value: Any = _module(where)
-    for part in where["name"].split("."):
-        value = getattr(value, part)
-    while not isinstance(value, JITFunction):
-        value = value.fn
-    return value
-
-
-def _module(where: dict[str, str]) -> Any:
-    name, file = where["module"], where["file"]
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = None if name == "__main__" else importlib.util.find_spec(name)
-    if spec is not None and spec.origin and os.path.realpath(spec.origin) == os.path.realpath(file):
-        return importlib.import_module(name)
-    # a script, or a module that the caller loaded from a file
-    alias = f"_inspected_{abs(hash(file))}"
-    if alias not in sys.modules:
-        spec = importlib.util.spec_from_file_location(alias, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[alias] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[alias]
-            raise
-    return sys.modules[alias]
-
-
-def decode(value: Any) -> Any:
-    """The constexpr that `_source.encode` wrote."""
-    if isinstance(value, dict):
-        import triton.language
-
-        if "tuple" in value:
-            return tuple(decode(item) for item in value["tuple"])
-        if "dtype" in value:
-            return triton.language.dtype(value["dtype"])
-        return locate(value["jit"])
-    return value
+    while not isinstance(kernel, JITFunction):
+        kernel = kernel.fn
+    return kernel
 
 
 if __name__ == "__main__":

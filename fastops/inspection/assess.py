@@ -114,15 +114,18 @@ def assess(report: KernelReport, target: Target, launched_on: tuple[int, ...] = 
 
 def floor_of(report: KernelReport, target: Target) -> Floor | None:
     """Roofline floor of the sample; None where the case names neither operations nor bytes, or no GPU is known."""
-    if target.gpu is None or (report.flops is None and report.bytes is None):
+    kind = "tf32" if report.dtype == "fp32" and report.tensor_core else report.dtype
+    return roofline(report.flops, report.bytes, kind, target)
+
+
+def roofline(flops: float | None, bytes: float | None, dtype: str, target: Target) -> Floor | None:
+    """The larger of operations / peak and bytes / bandwidth, for operands of "fp16", "bf16", "tf32" or "fp32"."""
+    if target.gpu is None or (flops is None and bytes is None):
         return None
-    kind = report.dtype
-    if kind == "fp32" and report.tensor_core:
-        kind = "tf32"
     compute = 0.0
-    if report.flops is not None and kind in ("fp16", "bf16", "tf32", "fp32"):
-        compute = report.flops / (target.gpu.tflops(kind) * 1e12)
-    memory = (report.bytes or 0.0) / (target.gpu.gbytes_per_second * 1e9)
+    if flops is not None and dtype in ("fp16", "bf16", "tf32", "fp32"):
+        compute = flops / (target.gpu.tflops(dtype) * 1e12)
+    memory = (bytes or 0.0) / (target.gpu.gbytes_per_second * 1e9)
     return Floor(max(compute, memory), "compute" if compute >= memory else "memory")
 
 

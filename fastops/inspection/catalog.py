@@ -10,6 +10,7 @@ import importlib.util
 import pkgutil
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ def library_cases() -> list[StaticCase]:
     """Every shipped kernel configuration, in the order of modules and their lists.
 
     Raises:
-        InspectionError: triton is missing, a kernel module cannot be imported, or two cases have the same name.
+        InspectionError: triton is missing, a kernel module cannot be imported, or two cases have the same name and target.
     """
     triton_version()
     import fastops.kernels
@@ -40,9 +41,9 @@ def library_cases() -> list[StaticCase]:
             raise InspectionError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
         if hasattr(module, "static_cases"):
             cases.extend(module.static_cases())
-    names = [case.name for case in cases]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InspectionError(f"two static cases have the same name: {', '.join(twice)}")
+    names = Counter((case.name, target) for case in cases for target in case.targets)
+    if twice := sorted({name for (name, _), count in names.items() if count > 1}):
+        raise InspectionError(f"two static cases have the same name and target: {', '.join(twice)}")
     return cases
 
 
@@ -60,7 +61,7 @@ def select(cases: Sequence[StaticCase], patterns: Iterable[str], dtype: str | No
                 raise InspectionError(_nothing_matches(pattern, [case.name for case in cases]))
         chosen = [case for case in cases if any(_matches(case.name, pattern) for pattern in wanted)]
     if dtype is not None:
-        plain = _dtype(dtype)
+        plain = plain_dtype(dtype)
         found = sorted({dtype_of(case) for case in chosen})
         chosen = [case for case in chosen if dtype_of(case) == plain]
         if not chosen:
@@ -84,7 +85,8 @@ def _nothing_matches(pattern: str, names: list[str]) -> str:
     )
 
 
-def _dtype(text: str) -> str:
+def plain_dtype(text: str) -> str:
+    """As Triton writes it: fp16 of float16 or torch.float16."""
     plain = text.lower().removeprefix("torch.")
     return {"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float32": "fp32", "float": "fp32"}.get(plain, plain)
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from fastops.inspection import catalog, render, snapshot
+from fastops.inspection import catalog, render, shapes, snapshot
 from fastops.inspection.api import inspect_cases
 from fastops.inspection.assess import Assessment
 from fastops.inspection.compile import InspectionError, triton_version
@@ -21,6 +21,7 @@ EXAMPLES = """
 examples:
   fastops inspect                                     every kernel the library ships
   fastops inspect attention --target "RTX 3090"       does it fit that card, and why not
+  fastops inspect attention --shape 4,16,4096,256 --target "RTX 3090"    what it launches there for that shape
   fastops inspect conv2d --target sm_90 --sass        the machine code
   fastops inspect my.py:add_kernel --signature "*fp16,*fp16,i32" --constexpr BLOCK=1024 --target H100,sm_120
   fastops inspect --check tests/static                exit code 1 where a kernel got worse, naming each figure
@@ -88,6 +89,8 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"{heading:12s}{explanation}")
         return 0
     targets = _targets(arguments.target)
+    if arguments.shape is not None:
+        return _run_shape(arguments, targets)
     cases, whole_library = _cases(arguments, targets)
     if arguments.list:
         for case in cases:
@@ -95,11 +98,33 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     console = _console()
     assessments = _compile(cases, targets, arguments.jobs)
-    machine_readable = "-" in (arguments.json, arguments.markdown)
     if arguments.check or arguments.update:
         return _gate(arguments, assessments, whole_library, targets is None, console)
-    if not (machine_readable or arguments.sass or arguments.ptx):
+    return _show(arguments, assessments, console, [])
+
+
+def _run_shape(arguments: argparse.Namespace, targets: list[Target] | None) -> int:
+    if len(arguments.kernels) != 1 or arguments.check or arguments.update:
+        raise InspectionError(
+            f"--shape takes one op of {', '.join(shapes.EXAMPLES)}, e.g. `attention --shape 4,16,4096,128`, and no gate"
+        )
+    op = arguments.kernels[0].lower()
+    shape = shapes.parse_shape(op, arguments.shape)
+    dtype = catalog.plain_dtype(arguments.dtype or "fp16")
+    assessments: list[Assessment] = []
+    notes = []
+    wanted = targets or [find_target(name) for name in ("sm_80", "sm_86", "sm_90", "sm_100")]
+    for target, ops in zip(wanted, shapes.launches(op, shape, dtype, wanted), strict=True):
+        notes += [render.floor_note(launched, dtype, target) for launched in ops]
+        assessments += _compile([case for launched in ops for case in launched.cases], [target], arguments.jobs)
+    return _show(arguments, assessments, _console(), notes)
+
+
+def _show(arguments: argparse.Namespace, assessments: list[Assessment], console: Any, notes: list[str]) -> int:
+    if not ("-" in (arguments.json, arguments.markdown) or arguments.sass or arguments.ptx):
         _print_table(assessments, console)
+        for note in notes:
+            console.print(note, style="dim", highlight=False, soft_wrap=True)
     _write_files(arguments, assessments)
     for kind in ("sass", "ptx"):
         if getattr(arguments, kind):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastops.inspection.assess import Assessment
+from fastops.inspection.assess import Assessment, roofline
+from fastops.inspection.gpus import Target
+from fastops.inspection.shapes import OpLaunches
 
 # heading, alignment, explanation
 COLUMNS = (
@@ -74,6 +76,18 @@ def _limit(assessment: Assessment) -> str:
     for name, short in _LIMITS.items():
         more = more.replace(name, short)
     return f"{names} ({more})" if more else names
+
+
+def floor_note(op: OpLaunches, dtype: str, target: Target) -> str:
+    """The roofline floor of a whole op in a sentence."""
+    found = roofline(op.flops, op.bytes, dtype, target)
+    work = f"{op.bytes / 1e6:,.0f} MB" + ("" if op.flops is None else f", {op.flops / 1e9:,.4g} GFLOP")
+    if found is None:
+        return f"{op.name} on {target.label}: {work}"
+    gpu = target.gpu.name if target.gpu else ""
+    return (
+        f"{op.name} on {target.label}: {work}; floor {duration(found.seconds)} ({found.bound}), from {gpu}'s spec sheet"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,224 @@
+"""`fastops inspect` as a stranger would use it."""
+
+import json
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+
+from fastops.__main__ import main
+from fastops.inspection import InspectionError, catalog, compile_case, inspect
+from fastops.inspection.gpus import find_target
+from fastops.inspection.shapes import launches, parse_shape
+from tests.test_inspection import product, product_kernel
+
+KERNEL = """
+import triton, triton.language as tl
+
+@triton.jit
+def add_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, SCALE: tl.constexpr = 1.0):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n)
+    tl.store(y_ptr + i, x * SCALE, mask=i < n)
+
+@triton.autotune(configs=[triton.Config({"BLOCK": 128}, num_warps=2), triton.Config({"BLOCK": 512})], key=["n"])
+@triton.jit
+def tuned_kernel(x_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(x_ptr + i, tl.load(x_ptr + i, mask=i < n) + 1, mask=i < n)
+
+@triton.jit
+def broken_kernel(x_ptr, BLOCK: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, BLOCK), undefined_name)
+
+def plain(x):
+    return x
+"""
+
+
+@pytest.fixture
+def kernels(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(KERNEL)
+    return path
+
+
+def fastops(capsys, *arguments):
+    code = main(["inspect", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_kernel_of_the_user_as_table_json_and_markdown(kernels, tmp_path, capsys):
+    one = f"{kernels}:add_kernel"
+    arguments = (one, "--signature", "*fp16,*fp16,i32:16", "--constexpr", "BLOCK=1024", "-t", "RTX 3090,H100")
+    launch = ("--grid", 1024, "--flops", 1e6, "--bytes", 4e6, "--json", tmp_path / "r.json", "--markdown", "-")
+    code, out, _ = fastops(capsys, *arguments, *launch)
+    assert code == 0
+    assert out.splitlines()[0].startswith("| kernel | target | regs ")
+    assert "RTX 3090 (sm_86)" in out
+    stored = json.loads((tmp_path / "r.json").read_text())["kernels"]
+    assert [kernel["capability"] for kernel in stored] == ["sm_86", "sm_90"]
+    assert stored[0]["occupancy"]["fraction"] == 1.0
+    assert stored[1]["floor_from_spec_sheet"] == {"seconds": pytest.approx(4e6 / 3350e9), "bound": "memory"}
+    assert stored[0]["waves"]["waves"] == pytest.approx(1024 / (82 * 12))
+
+
+def test_the_table_and_the_code(kernels, capsys):
+    arguments = (f"{kernels}:add_kernel", "--signature", "*fp16,*fp16,i32", "--constexpr", "BLOCK=256", "-t", "sm_90")
+    code, out, _ = fastops(capsys, *arguments)
+    assert code == 0
+    assert "add_kernel[BLOCK=256]" in out
+    assert "fits" in out
+    code, out, _ = fastops(capsys, *arguments, "--sass")
+    assert "LDG" in out
+    code, out, _ = fastops(capsys, *arguments, "--ptx")
+    assert ".target sm_90a" in out
+
+
+def test_autotuned_kernels_show_every_configuration(kernels, capsys):
+    code, out, _ = fastops(capsys, f"{kernels}:tuned_kernel", "--signature", "*fp32,i32", "-t", "80")
+    assert code == 0
+    assert "BLOCK=128,num_warps=2" in out
+    assert "BLOCK=512,num_warps=4" in out
+
+
+def bad(capsys, *arguments):
+    code, _, err = fastops(capsys, *arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    return err
+
+
+def test_bad_input_is_one_clear_message(kernels, tmp_path, capsys):
+    at = str(kernels)
+    assert "undefined_name is not defined" in bad(
+        capsys, f"{at}:broken_kernel", "--signature", "*fp16", "--constexpr", "BLOCK=16", "-t", "sm_90"
+    )
+    assert "its kernels are add_kernel, tuned_kernel, broken_kernel" in bad(capsys, f"{at}:nope", "--signature", "i32")
+    assert "not decorated with @triton.jit" in bad(capsys, f"{at}:plain", "--signature", "i32")
+    assert "needs --signature" in bad(capsys, f"{at}:add_kernel")
+    assert "has 1 types, but 4 arguments" in bad(capsys, f"{at}:add_kernel", "--signature", "*fp16")
+    assert "type 'float' of x_ptr" in bad(capsys, f"{at}:tuned_kernel", "--signature", "float,i32")
+    assert "expected NAME=VALUE" in bad(capsys, f"{at}:add_kernel", "--signature", "i32", "--constexpr", "BLOCK")
+    assert "there is no file" in bad(capsys, f"{tmp_path}/none.py:k", "--signature", "i32")
+    assert "no kernel matches 'nonsense'" in bad(capsys, "nonsense")
+    assert "unknown target 'GTX 1080'" in bad(
+        capsys, f"{at}:tuned_kernel", "--signature", "*fp16,i32", "-t", "GTX 1080"
+    )
+    assert "names no target" in bad(capsys, "epilogue", "-t", ",")
+    assert "describe a kernel of your own" in bad(capsys, "epilogue", "--num-warps", "8")
+    assert "there is no snapshot" in bad(
+        capsys, f"{at}:tuned_kernel", "--signature", "*fp32,i32", "-t", "80", "--check", tmp_path
+    )
+    assert "no such kernel takes fp8" in bad(capsys, "epilogue", "--dtype", "fp8")
+    (tmp_path / "syntax.py").write_text("def f(:\n")
+    assert "cannot be imported: SyntaxError" in bad(capsys, f"{tmp_path}/syntax.py:f", "--signature", "i32")
+
+
+def test_without_triton_it_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install triton" in bad(capsys, "attention")
+
+
+def test_update_then_check_then_a_regression(kernels, tmp_path, capsys):
+    snapshot = tmp_path / "budget.json"
+    arguments = (f"{kernels}:add_kernel", "--signature", "*fp16,*fp16,i32", "-t", "sm_90", "--constexpr")
+    assert fastops(capsys, *arguments, "BLOCK=256", "--update", snapshot)[0] == 0
+    code, out, _ = fastops(capsys, *arguments, "BLOCK=256", "--check", snapshot)
+    assert (code, out.splitlines()[-1][:3]) == (0, "ok:")
+    stored = json.loads(snapshot.read_text())
+    stored["kernels"]["add_kernel[BLOCK=256]"]["sm_90"]["registers"] -= 4
+    snapshot.write_text(json.dumps(stored))
+    code, out, _ = fastops(capsys, *arguments, "BLOCK=256", "--check", snapshot)
+    assert code == 1
+    assert "WORSE add_kernel[BLOCK=256] sm_90: registers " in out
+    assert "FAILED" in out
+
+
+def test_list_and_explain(capsys):
+    code, out, _ = fastops(capsys, "--list", "epilogue")
+    assert code == 0
+    assert "sm_90" in out
+    assert "roofline floor" in fastops(capsys, "--explain")[1]
+
+
+def test_inspect_takes_functions_and_names():
+    (report,) = inspect(
+        product_kernel,
+        ["sm_90"],
+        signature={"a_ptr": "*fp16", "b_ptr": "*fp16", "c_ptr": "*fp16", "N": "i32:16", "K": "i32:16"},
+        constexprs={"BM": 128, "BN": 128, "BK": 64, "PREC": "ieee"},
+        num_warps=8,
+    )
+    assert report.registers == compile_case(product(), 90).registers
+    with pytest.raises(InspectionError, match="needs a signature"):
+        inspect(product_kernel)
+    with pytest.raises(InspectionError, match="unknown target"):
+        inspect(product(), ["Voodoo 2"])
+    with pytest.raises(InspectionError, match=r"@triton\.jit"):
+        inspect(torch.relu, signature="*fp16")
+
+
+def test_selection_by_part_and_pattern():
+    cases = [product(), product(dtype="bf16"), product(BM=64)]
+    assert [c.name for c in catalog.select(cases, ["64X128"])] == [cases[2].name]
+    assert catalog.select(cases, ["*bf16]"]) == [cases[1]]
+    assert catalog.select(cases, [cases[0].name]) == [cases[0]]
+    assert catalog.select(cases, [], "bfloat16") == [cases[1]]
+
+
+def test_signatures_may_hold_descriptors():
+    assert catalog._split("tensordesc<fp16[1,8,16]>, *fp32:16,i32") == ["tensordesc<fp16[1,8,16]>", "*fp32:16", "i32"]
+    parsed = catalog.parse_constexprs(["A=1,B=(1, 2),C=tl.float16,D=ieee", "E=None", "F=1e-3"])
+    assert str(parsed.pop("C")) == "fp16"
+    assert parsed == {"A": 1, "B": (1, 2), "D": "ieee", "E": None, "F": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("op", "text", "message"),
+    [
+        ("attention", "1,2,3", "has 3 sizes"),
+        ("attention", "B=1,H=2,S=3", "lacks D"),
+        ("attention", "B=1,H=2,S=3,D=4,Q=5", "has no 'Q'"),
+        ("attention", "B=1,H=2,S=0,D=4", "not a size"),
+        ("attention", "B=1,H=2,S=-1,D=4", "not a size"),
+        ("sort", "1", "needs one op"),
+    ],
+)
+def test_bad_shapes(op, text, message):
+    with pytest.raises(InspectionError, match=message):
+        parse_shape(op, text)
+
+
+def test_shapes_in_letters_and_in_order():
+    assert parse_shape("attention", "4,16,4096,128") == {"B": 4, "H": 16, "S": 4096, "D": 128}
+    assert parse_shape("conv2d", "n=8 c=3 h=224 k=64 r=11 stride=4 padding=2")["PADDING"] == 2
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "forward"),
+    [
+        pytest.param("conv2d", "N=8,C=64,H=28,K=64,R=3,PADDING=1", "conv2d_relu_forward", marks=pytest.mark.slow),
+        pytest.param("lstm", "16,32,256", "rnn_forward", marks=pytest.mark.slow),
+        ("attention", "2,4,1024,64", "attention_forward"),
+    ],
+)
+def test_what_an_op_launches_is_found_without_a_gpu(op, shape, forward):
+    targets = [find_target("RTX 3090"), find_target("H100")]
+    for target, found in zip(targets, launches(op, parse_shape(op, shape), "fp16", targets), strict=True):
+        assert len(found) >= 2  # a backward too
+        launched = {launched.name: launched for launched in found}[forward]
+        assert launched.flops is not None
+        assert launched.bytes > 0
+        assert launched.cases
+        assert all(case.grid and case.grid > 0 for case in launched.cases)
+        assert all(case.targets == (target.capability.number,) for case in launched.cases)
+        if op == "attention":
+            (case,) = launched.cases
+            assert launched.flops == 4 * 2 * 4 * 1024 * 1024 * 64
+            assert case.grid == 2 * 4 * 1024 // case.constexprs["BLOCK_M"]
+            assert not any(kind.startswith("tensordesc") for kind in case.signature.values()) or case.targets == (90,)
