@@ -39,8 +39,9 @@ def library_cases() -> list[StaticCase]:
             module = importlib.import_module(name)
         except Exception as error:
             raise InspectionError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
-        if hasattr(module, "static_cases"):
-            cases.extend(module.static_cases())
+        listed = getattr(module, "static_cases", None)
+        if listed is not None and listed.__module__ == name:  # not one that it imports from its neighbour
+            cases.extend(listed())
     names = Counter((case.name, target) for case in cases for target in case.targets)
     if twice := sorted({name for (name, _), count in names.items() if count > 1}):
         raise InspectionError(f"two static cases have the same name and target: {', '.join(twice)}")
