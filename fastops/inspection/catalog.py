@@ -39,9 +39,9 @@ def library_cases() -> list[StaticCase]:
             module = importlib.import_module(name)
         except Exception as error:
             raise InspectionError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
-        listed = getattr(module, "static_cases", None)
-        if listed is not None and listed.__module__ == name:  # not one that it imports from its neighbour
-            cases.extend(listed())
+        if hasattr(module, "static_cases"):
+            # a module may pass on the list of its neighbour
+            cases.extend(case for case in module.static_cases() if case not in cases)
     names = Counter((case.name, target) for case in cases for target in case.targets)
     if twice := sorted({name for (name, _), count in names.items() if count > 1}):
         raise InspectionError(f"two static cases have the same name and target: {', '.join(twice)}")
