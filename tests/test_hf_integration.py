@@ -282,7 +282,11 @@ def test_masks_stay_small_and_are_never_read():
         assert masks(causal, padding=False) is None
         assert masks(causal, 1, 6, q_offset=5).shape == (2, 6)
         assert masks(causal, 1, 6, q_offset=torch.tensor(3)).shape == (2, 1, 1, 6)
+        assert masks(causal, 1, 6, q_offset=3).shape == (2, 1, 1, 6)
         assert masks(causal, 3, 6, q_offset=3).shape == (2, 1, 3, 6)
+        assert masks(causal, q_offset=2).shape == (2, 1, 6, 6)
+        assert masks(window, 1, 6, q_offset=5).shape == (2, 1, 1, 6)
+        assert masks(window, 1, 3, q_offset=2).shape == (2, 3)
         assert masks(causal, allow_is_causal_skip=False).shape == (2, 1, 6, 6)
         assert masks(window).shape == (2, 3, 1, 1, 6)
         assert masks(window).untyped_storage().nbytes() <= 12
@@ -305,6 +309,23 @@ def test_a_model_that_does_not_tell_its_window_gets_it_right():
     torch.testing.assert_close(out, expected.transpose(1, 2))
     assert out.is_contiguous()
     assert weights is None
+
+
+def test_a_mask_after_dropped_keys_is_cut_where_they_were():
+    """Keys 4..5 of a window cache, of which the first is padding."""
+    padding = torch.tensor([[True, True, True, True, False, True]])
+    options = {"attention_mask": padding, "device": torch.device("cpu")}
+    mask = integration.fastops_mask(1, 1, 2, q_offset=5, kv_offset=4, **options)
+    assert mask.tolist() == [[[[False, True]]]]
+
+
+def test_padding_of_other_keys_than_the_queries_own_is_not_causal():
+    """Cross-attention of a module that does not say it is not causal."""
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 6, 8)
+    mask = torch.arange(6) < torch.tensor([[6], [2]])
+    out, _ = integration.fastops_attention(torch.nn.Module(), query, key, key, mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, key, mask[:, None, None])
+    torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize("name", ["cache", "indices", "head_mask"])
