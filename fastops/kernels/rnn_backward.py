@@ -13,10 +13,10 @@ writes its own slots' gradients. dh and dc stay in fp32 registers from the last 
 import triton
 import triton.language as tl
 
-from fastops.kernels.rnn_gates import arrive, step_backward, wait
+from fastops.kernels.rnn_gates import FREE, arrive, step_backward, wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FREE)
 def backward_kernel(
     d_output_ptr,  # (T, B, D * H) by strides
     gates_ptr,  # (D, rows, SLOTS * H) slots as the forward pass saved them; not of a plain RNN
@@ -29,7 +29,7 @@ def backward_kernel(
     d_cell_ptr,  # (D, B, H) fp32: dc_n, overwritten by dc0
     lengths_ptr,  # (B,) int32 with RAGGED
     counter_ptr,  # (D, batch tiles) int32
-    error_ptr,  # int32, set to 1 where a barrier did not complete
+    error_ptr,  # (2,) int32: 1 where a barrier did not complete
     T,
     B,
     rows,

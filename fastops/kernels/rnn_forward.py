@@ -12,10 +12,10 @@ BLOCK_H * BLOCK_B of h, and with SAVE the slots, c and the state before the step
 import triton
 import triton.language as tl
 
-from fastops.kernels.rnn_gates import arrive, step_forward, wait
+from fastops.kernels.rnn_gates import FREE, arrive, step_forward, wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FREE)
 def forward_kernel(
     gates_ptr,  # (D, rows, SLOTS * H) input product; with SAVE overwritten by what backward needs
     w_hh_ptr,  # (D, G * H, H)
@@ -28,7 +28,7 @@ def forward_kernel(
     cells_ptr,  # (D, rows, H) fp32 with SAVE: c after each step
     lengths_ptr,  # (B,) int32 with RAGGED
     counter_ptr,  # (D, batch tiles) int32
-    error_ptr,  # int32, set to 1 where a barrier did not complete
+    error_ptr,  # (2,) int32: 1 where a barrier did not complete; 1 + a batch row whose length is out of range
     T,
     B,
     rows,
@@ -89,7 +89,11 @@ def forward_kernel(
     # step s is time s forward and time length - 1 - s backward: both start at step 0 with the initial state
     sign = 1 - 2 * direction
     if RAGGED:
-        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + row64), 0), T)
+        given = tl.load(lengths_ptr + row64)
+        length = tl.minimum(tl.maximum(given, 0), T)
+        wrong = tl.max(tl.where(given == length, 0, row64 + 1), axis=0)
+        if wrong > 0:
+            tl.store(error_ptr + 1, wrong.to(tl.int32))
         s_end = tl.minimum(s_end, tl.max(length, axis=0))
     else:
         length = T + tl.zeros((BLOCK_B,), tl.int32)

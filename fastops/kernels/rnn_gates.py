@@ -15,6 +15,9 @@ import triton.language as tl
 
 from fastops.kernels._common import tanh
 
+# arguments that no kernel is compiled anew for, whatever their value
+FREE = ("T", "B", "rows", "row_t", "row_b", "first_tile", "batch_tiles", "s_start", "s_end", "patience")
+
 
 @triton.jit
 def _sigmoid(x, MATH: tl.constexpr):

@@ -120,13 +120,14 @@ def _backward_plans(mode: str, hidden: int, directions: int, itemsize: int, mach
     warps = 8
     block_h = 16 if gates > 1 else 32
     least = warps * (32 // itemsize)
-    block_k = next(k for k in (1024, 512, 256, 128, 64) if -(-hidden // k) * k <= 1.15 * hidden or k <= least)
-    pieces = gates * -(-hidden // block_k)
     tiles = -(-hidden // block_h)
     for block_b in (16, 32):
+        sizes = (1024, 512, 256, 128, 64) if block_b == 16 else (least,)  # larger pieces of 32 rows spill
+        block_k = next(k for k in sizes if -(-hidden // k) * k <= 1.15 * hidden or k <= least)
+        pieces = gates * -(-hidden // block_k)
         fits = machine.multiprocessors // (tiles * directions)
         slice_bytes = itemsize * pieces * block_k * block_h
         piece_bytes = itemsize * block_k * block_b
-        group = max(1, min(pieces, 65536 // piece_bytes))
+        group = max(1, min(pieces, 65536 // piece_bytes)) if block_b == 16 else min(pieces, 4)
         needed = slice_bytes + group * piece_bytes + 2048
         yield Plan(block_h, block_b, block_k, tiles, fits, warps, warps, group), needed

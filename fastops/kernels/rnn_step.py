@@ -8,14 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastops.kernels.rnn_gates import step_backward, step_forward
+from fastops.kernels.rnn_gates import FREE, step_backward, step_forward
 
 BLOCK_B = 4
 BLOCK_H = 128
-FREE = ("B", "rows", "row_t", "row_b", "s", "T")
+FREE_OF_STEP = (*FREE[:5], "s")
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit(do_not_specialize=FREE_OF_STEP)
 def step_forward_kernel(
     product_ptr,  # (D, B, G * H) h @ W_hh^T, torch's gate order
     gates_ptr,  # (D, rows, SLOTS * H) input product; with SAVE overwritten by what backward needs
@@ -90,7 +90,7 @@ def step_forward_kernel(
         tl.store(cells_ptr + g_row[:, None] * H + unit[None, :], c, mask=mask)
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit(do_not_specialize=FREE_OF_STEP)
 def step_backward_kernel(
     d_output_ptr,  # (T, B, D * H) by strides
     gates_ptr,  # (D, rows, SLOTS * H) slots; not of a plain RNN
