@@ -1,0 +1,143 @@
+"""What the compiler makes of the recurrent kernels: figures of the machine code, nothing is run.
+
+The time loop is told from the code by its span: it holds the wait of the barrier, so it is not an innermost loop.
+"""
+
+import re
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fastops.inspection import compile_case
+from fastops.kernels.rnn_plan import SHARED_BYTES, Machine, Plan, persistent, small
+from fastops.kernels.rnn_static import forward_case, static_cases
+
+CASES = [case for case in static_cases() if ".step_" not in case.name]
+# the others are compiled by the slow sweep
+GATE = (
+    "rnn.forward[LSTM,H512,D1,fp16,sm_90]",
+    "rnn.forward[LSTM,H512,D1,fp16,sm_80]",
+    "rnn.forward[LSTM,H64,D1,bf16,sm_90]",
+    "rnn.forward[GRU,H512,D1,fp16,save,sm_90]",
+    "rnn.backward[LSTM,H512,D1,fp16,sm_90]",
+    "rnn.backward[LSTM,H64,D1,fp16,sm_90]",
+)
+
+
+def time_loop(report):
+    """Opcodes with their modifiers, of the widest loop and of what comes before it."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", report.sass)
+    code = [(int(address, 16), re.sub(r"^@!?U?P\w+\s+", "", text)) for address, text in code]
+    loops = []
+    for address, text in code:
+        if text.startswith("BRA") and (target := re.search(r"\b0x([0-9a-f]+)", text)):
+            start = int(target.group(1), 16)
+            if start < address:
+                loops.append((address - start, start, address))
+    assert loops, "no loop in the code"
+    _, start, end = max(loops)
+    body = [text for address, text in code if start <= address <= end]
+    return body, [text for address, text in code if address < start]
+
+
+def count(body, *opcodes):
+    return sum(re.split(r"[.\s]", text)[0] in opcodes for text in body)
+
+
+def check(case):
+    (target,) = case.targets
+    report = compile_case(case, target)
+    assert report.error is None, report.error
+    assert report.stack_bytes == 0
+    assert not report.spills
+    assert report.shared_bytes <= SHARED_BYTES[target]
+    body, _ = time_loop(report)
+    at_barrier = [i for i, text in enumerate(body) if re.match(r"(RED|REDG|ATOMG|ATOM)\b", text)]
+    if not case.constexprs["BARRIER"]:
+        assert not at_barrier
+        return report, body
+    assert len(at_barrier) == 1, "one release a step"
+    before = body[: at_barrier[0]]
+    stores = [i for i, text in enumerate(before) if text.startswith("STG")]
+    joins = [i for i, text in enumerate(before) if text.startswith("BAR")]
+    assert stores, "nothing is published before the release"
+    assert max(joins) > max(stores), "the program must join between its last store and the release"
+    return report, body
+
+
+def loads_allowed(case):
+    """Global loads of one step and thread: tiles of h or d_sums, slots, states and the barrier's poll, but no W_hh."""
+    size = {"fp16": 2, "bf16": 2, "fp32": 4}[case.signature["w_hh_ptr"][1:]]
+    given = case.constexprs
+    threads = 32 * case.num_warps
+    slots = 4 if given["MODE"] in ("LSTM", "GRU") else 1
+    block = given["BLOCK_B"]
+    tile = -(-given["H"] // given["BLOCK_K"]) * given["BLOCK_K"] * block * size
+    if "FINISH" in given:
+        tile *= {"LSTM": 4, "GRU": 3}.get(given["MODE"], 1)
+    own = -(-given["BLOCK_H"] * block // threads) * (slots + 3)
+    return (tile // (16 * threads) if given["BARRIER"] else 0) + own + 1
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in GATE], ids=lambda case: case.name)
+def test_no_spill_no_weight_in_the_loop_and_a_join_before_the_release(case):
+    _, body = check(case)
+    if case.constexprs["H"] % 16 == 0:
+        assert count(body, "LDG") <= loads_allowed(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in GATE], ids=lambda case: case.name)
+def test_the_other_configurations(case):
+    _, body = check(case)
+    if case.constexprs["H"] % 128 == 0:
+        assert count(body, "LDG") <= loads_allowed(case)
+
+
+def forward_report(engine, hidden, dtype, target=90, save=False):
+    size = 4 if dtype == "fp32" else 2
+    machine = Machine.of(target)
+    plan = (
+        small("LSTM", hidden, size, machine, False)
+        if engine == "small"
+        else persistent("LSTM", hidden, 64, 1, size, machine, False)
+    )
+    return check(forward_case(plan, "LSTM", hidden, 64, 1, dtype, save, False, target))
+
+
+def test_persistent_step_is_short_and_runs_on_warp_group_products():
+    report, body = forward_report("persistent", 512, "fp16")
+    assert report.tensor_core == "HGMMA"
+    assert len(body) <= 260  # 251 with Triton 3.7.1
+    assert count(body, "LDG") == 9  # four of h, four of the input product, one of the barrier
+
+
+def test_small_step_is_short():
+    report, body = forward_report("small", 64, "bf16")
+    assert report.tensor_core == "HGMMA"
+    assert len(body) <= 200  # 183
+    # fp16 keeps exact sigmoids, twice the slow instructions
+    assert len(forward_report("small", 64, "fp16")[1]) <= 240  # 224
+
+
+def test_every_size_that_is_promised_has_a_plan():
+    for backward in (False, True):
+        for hidden in range(136, 1025, 8):
+            assert isinstance(persistent("LSTM", hidden, 64, 1, 2, Machine.of(90), backward), Plan), hidden
+        for hidden in range(1, 129):
+            assert isinstance(small("GRU", hidden, 2, Machine.of(90), backward), Plan), hidden
+    # 99 KB of shared memory hold less, and an unknown GPU is not trusted with more
+    assert isinstance(persistent("LSTM", 512, 16, 1, 2, Machine.of(86), False), Plan)
+    assert "bytes of shared memory" in persistent("LSTM", 1024, 16, 1, 2, Machine.of(86), False)
+    assert "resident" in persistent("LSTM", 512, 16, 1, 2, Machine.of(77), False)
+
+
+def test_a_launch_never_exceeds_the_multiprocessors():
+    for hidden in (200, 256, 512, 1024):
+        for batch in (1, 16, 64, 100, 1000):
+            for directions in (1, 2):
+                for backward in (False, True):
+                    plan = persistent("LSTM", hidden, batch, directions, 2, Machine.of(90), backward)
+                    assert isinstance(plan, Plan)
+                    assert plan.tiles * plan.batch_tiles * directions <= 132
