@@ -16,11 +16,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastops import _env
 from fastops.kernels._common import dot_precision, interpreted
+from fastops.kernels._static import StaticCase
 from fastops.kernels.attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
 from fastops.kernels.attention_bias import attention_bias_kernel
 from fastops.kernels.attention_configs import Config, configuration
 from fastops.kernels.attention_forward import attention_forward_kernel
 
+LOG2E = 1.4426950408889634
 PAD = 128  # rows of lse2 and delta are padded to a multiple of it, which every BLOCK_M divides
 
 
@@ -55,11 +57,9 @@ class Problem:
             self.batch, self.q_len, self.k_len = self.cu_q.shape[0] - 1, self.max_q, self.max_k
         else:
             self.batch, self.q_len, self.k_len = self.query.shape[0], self.query.shape[2], self.key.shape[2]
-        if self.attn_mask is not None:
-            mask = self.attn_mask.view(torch.uint8) if self.attn_mask.dtype == torch.bool else self.attn_mask
-            self.mask = mask.expand(self.batch, self.heads, self.q_len, self.k_len)
-        else:
-            self.mask = None
+        self.mask, self.mask_kind = None, 0
+        if self.attn_mask is not None and not self.empty:
+            self.mask, self.mask_kind = self.prepared(self.attn_mask)
         if self.alibi_slopes is not None:
             self.alibi_slopes = self.alibi_slopes.float().expand(self.batch, self.heads)
             if self.alibi_slopes.stride(1) != 1:
@@ -70,6 +70,18 @@ class Problem:
     def empty(self) -> bool:
         """No scores to compute: nothing is launched."""
         return self.batch == 0 or self.query.numel() == 0 or self.key.numel() == 0 or not self.q_len or not self.k_len
+
+    def prepared(self, attn_mask: Tensor) -> tuple[Tensor, int]:
+        """The mask as (B, H, Sq, Sk) and its MASK; one row for all becomes a bias of the keys, which costs no loads."""
+        is_bool = attn_mask.dtype == torch.bool
+        if attn_mask.shape[2] == 1:
+            bias = attn_mask.new_zeros((), dtype=torch.float32)
+            bias = torch.where(attn_mask, bias, float("-inf")) if is_bool else attn_mask.float() * LOG2E
+            bias = bias.expand(-1, -1, -1, self.k_len)
+            bias = torch.nn.functional.pad(bias, (0, -self.k_len % PAD), value=float("-inf"))
+            return bias.expand(self.batch, self.heads, -1, -1), 3
+        mask = attn_mask.view(torch.uint8) if is_bool else attn_mask
+        return mask.expand(self.batch, self.heads, self.q_len, self.k_len), 1 if is_bool else 2
 
     def flags(self) -> dict[str, Any]:
         """The constexpr switches common to all kernels."""
@@ -83,10 +95,10 @@ class Problem:
             "HAS_QUERY_LENGTHS": self.query_lengths is not None,
             "VARLEN": self.cu_q is not None,
             "DROPOUT": self.dropout_p > 0,
-            "SOFTCAP": self.softcap > 0,
+            "SOFTCAP": 0 if not self.softcap else 1 if self.query.element_size() == 2 else 2,
             "ALIBI": self.alibi_slopes is not None,
-            "MASK": 0 if self.attn_mask is None else 1 if self.attn_mask.dtype == torch.bool else 2,
-            "MASK_ROWS": self.mask is not None and self.mask.stride(2) != 0,
+            "MASK": self.mask_kind,
+            "MASK_ROWS": self.mask_kind in (1, 2),
             "PRECISION": self.precision,
         }
 
@@ -103,6 +115,11 @@ class Problem:
             causal=self.right >= 0,
             tma=tma,
         )
+
+    def is_wide(self, *tensors: Tensor) -> bool:
+        """Whether offsets inside one tile leave 32 bits."""
+        mask = 0 if self.mask is None else max(self.mask.stride()[2:])
+        return max(mask, *(strides_of(x)[2] for x in (self.query, self.key, self.value, *tensors))) * 256 >= 2**31
 
     def may_use_tma(self, *tensors: Tensor) -> bool:
         """Whether host descriptors can describe these tensors, and nothing needs rows cut off inside a tensor."""
@@ -166,11 +183,6 @@ def source(x: Tensor, rows: int, tma: bool) -> list[Any]:
     return [TensorDescriptor(x, list(x.shape), [*strides, 1], block), 0, 0, 0]
 
 
-def is_wide(*tensors: Tensor) -> bool:
-    """Whether offsets inside one tile leave 32 bits."""
-    return any(strides_of(x)[2] * 256 >= 2**31 for x in tensors)
-
-
 def threshold_bits(dropout_p: float) -> int:
     """P 2^32 as the int32 of the same bits."""
     from fastops.ops.attention_dropout import threshold
@@ -228,7 +240,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         TMA=tma,
-        WIDE=is_wide(p.query, p.key, p.value),
+        WIDE=p.is_wide(),
         LAG=config.lag,
         ALIGNED_DIAGONAL=not packed and config.block_n % config.block_m == 0 and p.right % config.block_n == 0,
         **config.options(),
@@ -253,7 +265,7 @@ def backward(
         return dq, dk, dv, dmask
     keep = keep_probability(p.dropout_p)
     lse2, delta, row_pad = row_terms(p, grad_out, grad_lse, out, lse, keep)
-    shared = {**p.flags(), "WIDE": is_wide(p.query, p.key, p.value, grad_out)}
+    shared = {**p.flags(), "WIDE": p.is_wide(grad_out)}
     inputs = (p.query, p.key, p.value, grad_out)
     tma = p.may_use_tma(*inputs)
     value_scale = 1.0 / keep if keep else 0.0
@@ -370,7 +382,7 @@ def row_terms(
         HAS_GRAD_LSE=grad_lse is not None,
         HAS_QUERY_LENGTHS=p.query_lengths is not None,
         VARLEN=packed,
-        WIDE=is_wide(out, grad_out),
+        WIDE=p.is_wide(out, grad_out),
         num_warps=8 if p.head_dim > 64 else 4,
     )
     return lse2, delta, row_pad
@@ -392,12 +404,15 @@ def mask_gradient(
         split *= 2
     partial = p.query.new_empty((split, *p.attn_mask.shape), dtype=torch.float32)
     flags = {name: value for name, value in shared.items() if name not in ("VARLEN", "MASK")}
+    flags["MASK_ROWS"] = True
+    mask = p.attn_mask.expand(p.batch, p.heads, p.q_len, p.k_len)
     lengths, query_lengths, _, _, slopes, stride_slope, seed = p.side_arguments()
     attention_bias_kernel[(own * split,)](
         *(argument for x in (p.query, p.key, p.value, grad_out) for argument in source(x, 0, False)),
         lse2,
         delta,
-        *p.mask_arguments(),
+        mask,
+        *mask.stride(),
         partial,
         lengths,
         query_lengths,
@@ -428,3 +443,10 @@ def mask_gradient(
         **config.options(),
     )
     return partial.sum(0)
+
+
+def static_cases() -> list[StaticCase]:
+    """Every shipped configuration, for the static gate."""
+    from fastops.kernels.attention_static import static_cases as cases
+
+    return cases()

@@ -215,10 +215,10 @@ def dkdv_tile(
         keep = keep_mask(keys, start_m, q_local, start_n, k_local, threshold)
     scores = tl.dot(k, q.T, input_precision=PRECISION)
     dp = tl.dot(v, g.T, input_precision=PRECISION)
-    if SOFTCAP or ALIBI or MASK != 0:
+    if SOFTCAP != 0 or ALIBI or MASK != 0:
         scores, bend = biased_scores(
-            scores, start_m + q_local, start_n + k_local, scale, softcap, slope, mask_base, stride_mm, stride_mn,
-            q_len, k_len, shift, SOFTCAP, ALIBI, MASK, MASK_ROWS,
+            scores, start_m, q_local, start_n, k_local, scale, softcap, slope, mask_base, stride_mm, stride_mn,
+            q_len, k_len, shift, SOFTCAP, ALIBI, MASK, MASK_ROWS, WIDE, True,
         )  # fmt: skip
         p = tl.math.exp2(scores - lse2)
     else:
@@ -357,7 +357,8 @@ def dq_tile(
     ds = score_gradient(
         q, g, k, v, lse2, delta, mask_base, stride_mm, stride_mn, slope, keys, start_m, start_n, q_len, k_len, shift,
         scale, softcap, left, right, threshold,
-        BLOCK_M, BLOCK_N, CAUSAL, WINDOW, MASKED, DROPOUT, SOFTCAP, ALIBI, MASK, MASK_ROWS, PRECISION, SOFTCAP,
+        BLOCK_M, BLOCK_N, CAUSAL, WINDOW, MASKED, DROPOUT, SOFTCAP, ALIBI, MASK, MASK_ROWS, WIDE, PRECISION,
+        SOFTCAP != 0,
     )  # fmt: skip
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
@@ -368,7 +369,7 @@ def score_gradient(
     scale, softcap, left, right, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
     DROPOUT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr, BEND: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BEND: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the scores of one tile, (queries, keys). BEND: through the softcap, else the gradient after it."""
     q_local = tl.arange(0, BLOCK_M)[:, None]
@@ -377,10 +378,10 @@ def score_gradient(
     columns = start_n + k_local
     scores = tl.dot(q, k.T, input_precision=PRECISION)
     dp = tl.dot(g, v.T, input_precision=PRECISION)
-    if SOFTCAP or ALIBI or MASK != 0:
+    if SOFTCAP != 0 or ALIBI or MASK != 0:
         scores, bend = biased_scores(
-            scores, rows, columns, scale, softcap, slope, mask_base, stride_mm, stride_mn, q_len, k_len, shift,
-            SOFTCAP, ALIBI, MASK, MASK_ROWS,
+            scores, start_m, q_local, start_n, k_local, scale, softcap, slope, mask_base, stride_mm, stride_mn,
+            q_len, k_len, shift, SOFTCAP, ALIBI, MASK, MASK_ROWS, WIDE, MASKED,
         )  # fmt: skip
         p = tl.math.exp2(scores - lse2[:, None])
     else:

@@ -80,7 +80,7 @@ def attention_bias_kernel(
         ds = score_gradient(
             q, g, k, v, tl.load(lse2_ptr + padded), tl.load(delta_ptr + padded), mask_base, stride_mm, stride_mn,
             slope, keys, start_m, start_n, q_len, k_len, shift, scale, softcap, left, right, threshold,
-            BLOCK_M, BLOCK_N, CAUSAL, WINDOW, True, DROPOUT, SOFTCAP, ALIBI, 2, MASK_ROWS, PRECISION, False,
+            BLOCK_M, BLOCK_N, CAUSAL, WINDOW, True, DROPOUT, SOFTCAP, ALIBI, 2, MASK_ROWS, WIDE, PRECISION, False,
         )  # fmt: skip
         total += ds
     total = total * value_scale

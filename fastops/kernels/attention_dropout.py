@@ -13,9 +13,7 @@ fastops.ops.attention_dropout.keep_mask computes the same mask in torch.
 import triton
 import triton.language as tl
 
-from fastops.kernels._common import interpreted
-
-COMPILED = tl.constexpr(not interpreted())
+from fastops.kernels.attention_tiles import COMPILED
 
 
 @triton.jit

@@ -75,7 +75,7 @@ def attention_forward_kernel(
     if HAS_QUERY_LENGTHS:
         row_end = Sq
         k_len = tl.where(start_m < q_len, k_len, 0)
-    BIASED: tl.constexpr = SOFTCAP or ALIBI or MASK != 0
+    BIASED: tl.constexpr = SOFTCAP != 0 or ALIBI or MASK != 0
     GUARD: tl.constexpr = MASK != 0
     scale_log2 = scale * LOG2E
     slope = 0.0
@@ -140,8 +140,8 @@ def attention_forward_kernel(
             scores = tl.dot(q, k.T, input_precision=PRECISION)
             if BIASED:
                 scores, _ = biased_scores(
-                    scores, rows, start_n + k_local, scale, softcap, slope, mask_base, stride_mm, stride_mn,
-                    q_len, k_len, shift, SOFTCAP, ALIBI, MASK, MASK_ROWS,
+                    scores, start_m, q_local, start_n, k_local, scale, softcap, slope, mask_base, stride_mm, stride_mn,
+                    q_len, k_len, shift, SOFTCAP, ALIBI, MASK, MASK_ROWS, WIDE, False,
                 )  # fmt: skip
             p, alpha, row_max, row_sum = softmax_tile(
                 scores, row_max, row_sum, scale_log2, BIASED, GUARD, BLOCK_M, BLOCK_N
@@ -220,15 +220,15 @@ def masked_tile(
     TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """One key tile of which some elements may be hidden. FIRST: acc is still zero."""
-    BIASED: tl.constexpr = SOFTCAP or ALIBI or MASK != 0
+    BIASED: tl.constexpr = SOFTCAP != 0 or ALIBI or MASK != 0
     columns = start_n + k_local
     k = load_rows(k_source, batch, kv_head, k_first, start_n, k_len, stride_kb, stride_kh, stride_ks,
                   BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, True)  # fmt: skip
     scores = tl.dot(q, k.T, input_precision=PRECISION)
     if BIASED:
         scores, _ = biased_scores(
-            scores, rows, columns, scale, softcap, slope, mask_base, stride_mm, stride_mn, q_len, k_len, shift,
-            SOFTCAP, ALIBI, MASK, MASK_ROWS,
+            scores, start_m, q_local, start_n, k_local, scale, softcap, slope, mask_base, stride_mm, stride_mn,
+            q_len, k_len, shift, SOFTCAP, ALIBI, MASK, MASK_ROWS, WIDE, True,
         )  # fmt: skip
     visible = visible_tile(rows, columns, k_len, shift, left, right, CAUSAL, WINDOW)
     scores = tl.where(visible, scores, float("-inf"))

@@ -7,6 +7,9 @@ of two). A `source` is a pointer, or with TMA a host tensor descriptor over (B, 
 import triton
 import triton.language as tl
 
+from fastops.kernels._common import interpreted
+
+COMPILED = tl.constexpr(not interpreted())
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -107,39 +110,73 @@ def visible_tile(
 
 
 @triton.jit
-def precise_tanh(x):
-    """Hyperbolic tangent of fp32: a polynomial near 0, where 1 - exp(-2x) cancels."""
-    square = x * x
-    small = x * (1.0 + square * (-0.33333333 + square * (0.13333333 + square * (-0.053968254 + square * 0.021869489))))
-    return tl.where(square < 0.0625, small, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+def softcapped(x, PRECISE: tl.constexpr):
+    """Tanh of fp32 to 1e-7; PRECISE: relative to the result also near 0, where 1 - 2 / (1 + exp 2x) cancels."""
+    if PRECISE:
+        square = x * x
+        small = x * (
+            1.0 + square * (-0.33333333 + square * (0.13333333 + square * (-0.053968254 + square * 0.021869489)))
+        )
+        return tl.where(square < 0.0625, small, 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E))))
+    else:
+        return 1.0 - 2.0 * reciprocal(1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x in one instruction, to 1 ulp; the quotient of the language handles subnormals, which x is not."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
 
 
 @triton.jit
 def biased_scores(
-    scores, rows, columns, scale, softcap, slope, mask_base, stride_mm, stride_mn, q_len, k_len, shift,
+    scores, start_m, q_local, start_n, k_local, scale, softcap, slope, mask_base, stride_mm, stride_mn,
+    q_len, k_len, shift,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    WIDE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Raw scores to biased ones times log2(e), and the derivative of the softcap.
 
-    MASK: 0 none, 1 bool, 2 float. MASK_ROWS: the mask differs from row to row; else one row of it serves the tile.
+    SOFTCAP: 0 none, 1 for 16-bit inputs, 2 precise. MASK: 0 none, 1 bool, 2 float, 3 one fp32 row for all queries,
+    times log2(e) and readable up to a multiple of the tile. MASK_ROWS: of 1 and 2, the rows differ. EDGE: keys of the
+    tile may be past k_len; what such elements get is not used.
     """
     bend = scores
     if SOFTCAP:
-        t = precise_tanh(scores * (scale / softcap))
+        t = softcapped(scores * (scale / softcap), SOFTCAP == 2)
         bend = 1.0 - t * t
         scores = t * (softcap * LOG2E)
     else:
         scores = scores * (scale * LOG2E)
     if ALIBI:
-        scores = scores - (slope * LOG2E) * tl.abs(rows + shift - columns).to(tl.float32)
-    if MASK:
-        at = mask_base + columns.to(tl.int64) * stride_mn
-        live = columns < k_len
-        if MASK_ROWS:
-            at = at + rows.to(tl.int64) * stride_mm
-            live = live & (rows < q_len)
-        if MASK == 1:
-            scores = tl.where(tl.load(at, mask=live, other=0) != 0, scores, float("-inf"))
+        distance = (start_m + shift + q_local).to(tl.float32) - (start_n + k_local).to(tl.float32)
+        scores = scores - (slope * LOG2E) * tl.abs(distance)
+    if MASK == 3:
+        scores = scores + tl.load(mask_base + start_n + k_local)
+    elif MASK:
+        # rows and columns past the end read the last one again: no load needs a predicate
+        columns = k_local
+        if EDGE:
+            columns = tl.minimum(k_local, tl.maximum(k_len - 1 - start_n, 0))
+        at = mask_base + tl.cast(start_n, tl.int64) * stride_mn
+        if WIDE:
+            at = at + columns.to(tl.int64) * stride_mn
         else:
-            scores = scores + tl.load(at, mask=live, other=0.0).to(tl.float32) * LOG2E
+            at = at + columns * stride_mn
+        if MASK_ROWS:
+            rows = tl.minimum(q_local, tl.maximum(q_len - 1 - start_m, 0))
+            at = at + tl.cast(start_m, tl.int64) * stride_mm
+            if WIDE:
+                at = at + rows.to(tl.int64) * stride_mm
+            else:
+                at = at + rows * stride_mm
+        if MASK == 1:
+            scores = tl.where(tl.load(at) != 0, scores, float("-inf"))
+        else:
+            scores = scores + tl.load(at).to(tl.float32) * LOG2E
     return scores, bend

@@ -90,8 +90,45 @@ class Attention(torch.autograd.Function):
     """Output and LSE by the kernels; takes the arguments of the registered op."""
 
     @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return forward_op(*arguments)
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_lengths: Tensor | None,
+        query_lengths: Tensor | None,
+        alibi_slopes: Tensor | None,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        seed: Tensor | None,
+        max_q: int,
+        max_k: int,
+        scale: float,
+        left: int,
+        right: int,
+        softcap: float,
+        dropout_p: float,
+    ) -> Any:
+        # spelled out: torch.compile without gradients takes the first of *arguments for a context
+        return forward_op(
+            query,
+            key,
+            value,
+            attn_mask,
+            key_lengths,
+            query_lengths,
+            alibi_slopes,
+            cu_q,
+            cu_k,
+            seed,
+            max_q,
+            max_k,
+            scale,
+            left,
+            right,
+            softcap,
+            dropout_p,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

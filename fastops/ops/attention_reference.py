@@ -50,10 +50,7 @@ def reference(
     if key_lengths is not None:
         dead = past(key_lengths, key.shape[-2])[..., None, :, None]
         k, v = k.masked_fill(dead, 0.0), v.masked_fill(dead, 0.0)
-    if k.shape[-3] != q.shape[-3] and k.shape[-3] != 1:
-        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
-    if v.shape[-3] != q.shape[-3] and v.shape[-3] != 1:
-        v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
+    k, v = _grouped(k, q), _grouped(v, q)
     scores = q @ k.mT * options.scale
     if options.softcap:
         scores = options.softcap * torch.tanh(scores / options.softcap)
@@ -82,6 +79,13 @@ def reference(
         probability = F.dropout(probability, options.dropout_p)
     lse = (row_max + torch.log(safe_total)).masked_fill(dead_rows, float("-inf")).squeeze(-1)
     return (probability @ v).to(query.dtype), lse.to(torch.float32 if wide == torch.float32 else wide)
+
+
+def _grouped(x: Tensor, query: Tensor) -> Tensor:
+    """Key or value heads repeated to the query's, where there are fewer."""
+    if min(x.dim(), query.dim()) < 3 or x.shape[-3] in (1, query.shape[-3]) or query.shape[-3] == 1:
+        return x
+    return x.repeat_interleave(query.shape[-3] // x.shape[-3], -3)
 
 
 def past(lengths: Tensor, size: int) -> Tensor:

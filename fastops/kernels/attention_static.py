@@ -1,0 +1,131 @@
+"""The shipped attention configurations as data, for the static gate and `fastops inspect`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+
+from fastops.kernels._static import StaticCase
+from fastops.kernels.attention_backward import attention_dkdv_kernel, attention_dq_kernel
+from fastops.kernels.attention_bias import attention_bias_kernel
+from fastops.kernels.attention_configs import configuration
+from fastops.kernels.attention_forward import attention_forward_kernel
+
+KERNELS = {
+    "forward": attention_forward_kernel,
+    "dkdv": attention_dkdv_kernel,
+    "dq": attention_dq_kernel,
+    "bias": attention_bias_kernel,
+}
+OFF = {
+    "GROUP": 1, "CAUSAL": False, "WINDOW": False, "HAS_LENGTHS": False, "HAS_QUERY_LENGTHS": False, "VARLEN": False,
+    "DROPOUT": False, "SOFTCAP": 0, "ALIBI": False, "MASK": 0, "MASK_ROWS": False, "WIDE": False,
+    "PRECISION": "ieee", "SPLIT": 1, "OVER_M": False, "OVER_N": False,
+}  # fmt: skip
+# the forms of a call: its switches, and whether its loops are the plain ones
+FORMS: dict[str, dict[str, Any]] = {
+    "": {},
+    "lengths": {"HAS_LENGTHS": True},
+    "causal": {"CAUSAL": True},
+    "lengths,dropout": {"HAS_LENGTHS": True, "DROPOUT": True},
+    "causal,dropout": {"CAUSAL": True, "DROPOUT": True},
+    "gqa,causal": {"CAUSAL": True, "GROUP": 4},
+    "packed": {"VARLEN": True},
+    "packed,causal": {"VARLEN": True, "CAUSAL": True},
+    "window": {"CAUSAL": True, "WINDOW": True},
+    "softcap": {"CAUSAL": True, "SOFTCAP": 1},
+    "alibi": {"CAUSAL": True, "ALIBI": True},
+    "key mask,dropout": {"MASK": 3, "DROPOUT": True},
+    "float mask": {"MASK": 2, "MASK_ROWS": True},
+}
+PLAIN = ("", "lengths", "causal", "lengths,dropout", "causal,dropout", "gqa,causal")
+INTEGERS = ("key_lengths_ptr", "query_lengths_ptr", "cu_q_ptr", "cu_k_ptr")
+SUMS = ("lse_ptr", "slopes_ptr", "lse2_ptr", "delta_ptr", "partial_ptr")
+REALS = ("scale", "softcap", "keep_scale", "grad_scale", "value_scale", "keep_probability")
+BITS = {"fp16": 16, "bf16": 16, "fp32": 32}
+
+
+def static_cases() -> list[StaticCase]:
+    """Forward, dK/dV and dQ by head dim and form; on Hopper with descriptors, elsewhere with pointers."""
+    cases = []
+    for head_dim in (64, 128):
+        for kernel in ("forward", "dkdv", "dq"):
+            cases += [_case(kernel, head_dim, "fp16", form, sm=90, tma=form in PLAIN) for form in FORMS]
+            for sm, form in ((90, "lengths"), (90, "lengths,dropout"), (80, "lengths"), (80, "causal,dropout")):
+                cases.append(_case(kernel, head_dim, "fp16", form, sm=sm, tma=False))
+    for kernel in ("forward", "dkdv", "dq"):
+        cases.append(_case(kernel, 64, "bf16", "lengths,dropout", sm=90, tma=True))
+        cases.append(_case(kernel, 256, "fp16", "causal", sm=90, tma=True))
+        cases += [_case(kernel, head_dim, "fp32", "lengths,dropout", sm=80, tma=False) for head_dim in (64, 128)]
+    cases += [_case("bias", head_dim, "fp16", "float mask", sm=90, tma=False) for head_dim in (64, 128)]
+    return cases
+
+
+def _case(kernel: str, head_dim: int, dtype: str, form: str, *, sm: int, tma: bool) -> StaticCase:
+    function = KERNELS[kernel]
+    flags = {**OFF, **FORMS[form]}
+    config = configuration(
+        kernel,
+        head_dim,
+        BITS[dtype] // 8,
+        sm=sm,
+        plain=form in PLAIN,
+        dropout=flags["DROPOUT"],
+        causal=flags["CAUSAL"],
+        tma=tma,
+    )
+    flags |= {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "TMA": tma,
+        "LAG": config.lag,
+        "ALIGNED_DIAGONAL": config.block_n % config.block_m == 0 and not flags["VARLEN"],
+        "stride_ls": flags["VARLEN"] or 1,
+        "stride_mn": 1,
+    }
+    flags = {name: value for name, value in flags.items() if name in function.arg_names}
+    if flags.get("VARLEN"):
+        flags.pop("stride_ls", None)
+    signature: dict[str, str] = {}
+    divisible = []
+    for name in function.arg_names:
+        if name in flags:
+            continue
+        if name.endswith("_source"):
+            rows = config.block_n if name[0] in "kv" else config.block_m
+            signature[name] = f"tensordesc<{dtype}[1,1,{rows},{flags['BLOCK_D']}]>" if tma else f"*{dtype}"
+        elif name in SUMS:
+            signature[name] = "*fp32"
+        elif name in INTEGERS:
+            signature[name] = "*i32"
+        elif name == "seed_ptr":
+            signature[name] = "*i64"
+        elif name == "mask_ptr":
+            signature[name] = "*fp32" if flags.get("MASK") == 3 else f"*{dtype}"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{dtype}"
+        else:
+            signature[name] = "fp32" if name in REALS else "i32"
+        if (name.endswith(("_ptr", "_source")) and not signature[name].startswith("tensordesc")) or (
+            (name.startswith("stride_") and name != "stride_slope") or name == "Sq_pad"
+        ):
+            divisible.append(name)
+    how = "descriptors" if tma else "pointers"
+    tiles = 512 // (config.block_n if kernel == "dkdv" else config.block_m)
+    return StaticCase(
+        name=f"attention.{kernel}[{head_dim},{dtype},{form or 'dense'},{how}{'' if sm >= 90 else ',sm_80'}]",
+        kernel=function,
+        signature=signature,
+        constexprs=flags,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        options={"enable_fp_fusion": True},
+        divisible_by_16=tuple(divisible),
+        work_per_thread=config.block_m * config.block_n / (32 * config.warps),
+        targets=(90, 100) if tma else (90,) if sm >= 90 else (80, 86),
+        grid=64 * 12 * tiles,
+        sample=f"B=64 H=12 S=512 D={head_dim}",
+    )

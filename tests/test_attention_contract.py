@@ -1,0 +1,246 @@
+"""Attention at the borders: torch's semantics and errors, compile, export, opcheck, autocast, engines, empty inputs."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastops
+from fastops.ops import attention as op
+from fastops.ops.attention_ops import backward_op, forward_op
+
+sdpa = fastops.scaled_dot_product_attention
+
+
+def trio(*leading, Sq=5, Sk=7, D=16, dtype=torch.float32, grad=False):
+    shapes = ((*leading, Sq, D), (*leading, Sk, D), (*leading, Sk, D))
+    return [torch.randn(shape).to(dtype).requires_grad_(grad) for shape in shapes]
+
+
+LEADING = [(), (3,), (2, 3), (2, 1, 3), (2, 2, 1, 2)]
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+def test_any_leading_dimensions(leading, impl):
+    q, k, v = trio(*leading)
+    for mask in (None, torch.rand(5, 7) > 0.3, torch.rand(*leading, 5, 7)):
+        out, lse = sdpa(q, k, v, mask, impl=impl, return_lse=True)
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask), rtol=1e-4, atol=1e-5)
+        assert lse.shape == out.shape[:-1]
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_broadcast_batches_and_heads(impl):
+    q, k, v = trio(2, 4)
+    for a, b, c in ((q, k[:1], v[:1]), (q, k[:, :1], v[:, :1]), (q[:1], k, v), (q, k[0], v[0]), (q[:, :1], k, v)):
+        want = F.scaled_dot_product_attention(a, b, c)
+        torch.testing.assert_close(sdpa(a, b, c, impl=impl), want, rtol=1e-4, atol=1e-5)
+    for a, b, c in ((q, k[:, :2], v[:, :2]), (q, k[:, :2], v[:, :1]), (q[0], k[0, :2], v[0, :2])):
+        want = F.scaled_dot_product_attention(a, b, c, enable_gqa=True)
+        torch.testing.assert_close(sdpa(a, b, c, enable_gqa=True, impl=impl), want, rtol=1e-4, atol=1e-5)
+
+
+def test_two_dimensional_lengths_follow_the_leading_dimensions():
+    q, k, v = trio(2, 3, 2)
+    lengths = torch.randint(0, 8, (2, 3))
+    ours, stock = (sdpa(q, k, v, key_lengths=lengths, impl=impl) for impl in ("triton", "torch"))
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0), (2, 0, 5, 7)], ids=str)
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_empty(sizes, impl):
+    B, H, Sq, Sk = sizes
+    q, k, v = trio(B, H, Sq=Sq, Sk=Sk, grad=True)
+    out, lse = sdpa(q, k, v, impl=impl, return_lse=True)
+    assert out.shape == (B, H, Sq, 16)
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+    out.sum().backward()
+    assert all((x.grad == 0).all() for x in (q, k, v))
+
+
+SAME_ERROR = {
+    "dtype": lambda f: f(torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 4, 8).half(), torch.zeros(2, 3, 4, 8)),
+    "rank": lambda f: f(torch.zeros(8), torch.zeros(8), torch.zeros(8)),
+    "mask dtype": lambda f: f(*trio(2, 3), torch.zeros(5, 7, dtype=torch.int32)),
+    "mask double": lambda f: f(*trio(2, 3), torch.zeros(5, 7).double()),
+    "mask shape": lambda f: f(*trio(2, 3), torch.zeros(5, 6)),
+    "mask rank": lambda f: f(*trio(2, 3), torch.zeros(7)),
+    "mask too large": lambda f: f(*trio(2, 3), torch.zeros(4, 2, 3, 5, 7)),
+    "heads": lambda f: f(torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 8)),
+    "gqa": lambda f: f(torch.zeros(2, 4, 5, 8), torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 5, 8), enable_gqa=True),
+    "batch": lambda f: f(torch.zeros(2, 4, 5, 8), torch.zeros(3, 4, 5, 8), torch.zeros(3, 4, 5, 8)),
+    "head dim": lambda f: f(torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 4), torch.zeros(2, 4, 5, 8)),
+    "p above": lambda f: f(*trio(2, 3), dropout_p=1.5),
+    "p below": lambda f: f(*trio(2, 3), dropout_p=-0.5),
+    "list": lambda f: f([1.0], torch.zeros(2, 8), torch.zeros(2, 8)),
+    "mask list": lambda f: f(*trio(2, 3), [True]),
+    "scale": lambda f: f(*trio(2, 3), scale="x"),
+    "device": lambda f: f(torch.zeros(2, 8), torch.zeros(2, 8, device="meta"), torch.zeros(2, 8)),
+    "integers": lambda f: f(*(x.int() for x in trio(2, 3))),
+}
+
+
+@pytest.mark.parametrize("name", SAME_ERROR)
+def test_errors_have_the_type_of_torch(name):
+    call = SAME_ERROR[name]
+    with pytest.raises(Exception) as stock:  # noqa: PT011
+        call(F.scaled_dot_product_attention)
+    for impl in ("auto", "triton", "torch"):
+        with pytest.raises(type(stock.value)) as ours:
+            call(lambda *args, impl=impl, **options: sdpa(*args, impl=impl, **options))
+        assert type(ours.value) is type(stock.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"key_lengths": torch.zeros(3, dtype=torch.int32)}, RuntimeError, r"key_lengths must have shape \(2,\)"),
+        ({"key_lengths": torch.zeros(2)}, RuntimeError, "key_lengths must be an integer tensor"),
+        ({"query_lengths": [1, 2]}, TypeError, "query_lengths"),
+        ({"window": 3}, TypeError, "window"),
+        ({"window": (-2, 0)}, ValueError, "window"),
+        ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"alibi_slopes": torch.zeros(4)}, RuntimeError, "alibi_slopes must have shape"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of"),
+    ],
+    ids=str,
+)
+def test_errors_of_what_torch_does_not_have(options, error, words):
+    with pytest.raises(error, match=words):
+        sdpa(*trio(2, 3), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda q, k, v: sdpa(q.double(), k.double(), v.double(), impl="triton"), "float64"),
+        (lambda q, k, v: sdpa(q, k, v[..., :8], impl="triton"), "head dim of value"),
+        (lambda q, k, v: sdpa(q, k, v, scale=-1.0, impl="triton"), "positive scale"),
+        (lambda q, k, v: sdpa(*(x.repeat(1, 1, 1, 17) for x in (q, k, v)), impl="triton"), "head dims 1 to 256"),
+        (lambda q, k, v: sdpa(q, k, v, alibi_slopes=torch.ones(3, requires_grad=True), impl="triton"), "alibi_slopes"),
+    ],
+)
+def test_an_explicit_engine_says_why_it_cannot(change, words):
+    with pytest.raises(fastops.KernelUnavailable, match=words):
+        change(*trio(2, 3))
+
+
+def test_cpu_lengths_do_not_pay_for_padding():
+    """Keys past a length are not even touched: the stock call gets slices."""
+    q, k, v = trio(3, 2, Sq=8, Sk=8)
+    lengths = torch.tensor([8, 0, 3])
+    with FlopCounterMode(display=False) as sliced:
+        sdpa(q, k, v, key_lengths=lengths)
+    with FlopCounterMode(display=False) as whole:
+        F.scaled_dot_product_attention(q, k, v)
+    assert sliced.get_total_flops() * 3 * 8 == whole.get_total_flops() * 11
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("impl", ["triton", pytest.param("torch", marks=pytest.mark.slow)])
+def test_compile_in_one_graph(impl, dynamic):
+    def loss(q, k, v, n, mask):
+        a = sdpa(q, k, v, key_lengths=n, is_causal=True, impl=impl)
+        return (a + sdpa(q, k, v, mask, window=(3, 1), softcap=4.0, impl=impl)).pow(2).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for Sq in (5, 6):
+        q, k, v = trio(2, 2, Sq=Sq, grad=True)
+        given = (q, k, v, torch.tensor([7, 2]), torch.randn(2, 1, Sq, 7, requires_grad=True))
+        wanted = (q, k, v, given[4])
+        eager, traced = (torch.autograd.grad(f(*given), wanted) for f in (loss, compiled))
+        for a, b in zip(eager, traced, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_dropout_runs_in_one_graph_and_differs_by_call():
+    q, k, v = trio(1, 2, Sq=16, Sk=32)
+    compiled = torch.compile(lambda *x: sdpa(*x, dropout_p=0.5, impl="triton"), fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(q, k, v), compiled(q, k, v))
+
+
+def test_export():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, n):
+            return sdpa(q, k, v, key_lengths=n, impl="triton")
+
+    given = (*trio(2, 2), torch.tensor([7, 2]))
+    program = torch.export.export(Model(), given)
+    torch.testing.assert_close(program.module()(*given), Model()(*given))
+
+
+def arguments(mask=None, p=0.0, packed=False):
+    if packed:
+        q, k, v = (torch.randn(n, 2, 16) for n in (5, 7, 7))
+        offsets = (torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([0, 4, 7], dtype=torch.int32))
+        return (q, k, v, None, None, None, None, *offsets, None, 3, 4, 0.25, -1, 0, 0.0, p)
+    q, k, v = trio(2, 2)
+    seed = torch.tensor([3]) if p else None
+    return (q, k, v, mask, torch.tensor([7, 2]), None, None, None, None, seed, 5, 7, 0.25, -1, -1, 0.0, p)
+
+
+@pytest.mark.parametrize("case", [{}, {"mask": torch.zeros(1, 2, 5, 7)}, {"p": 0.3}, {"packed": True}], ids=str)
+def test_opcheck(case):
+    given = arguments(**case)
+    torch.library.opcheck(forward_op, given)
+    out, lse = forward_op(*given)
+    torch.library.opcheck(backward_op, (torch.randn_like(out), None, out, lse, "mask" in case, *given))
+
+
+def test_double_backward():
+    q, k, v = (x.double().float().requires_grad_() for x in trio(1, 2, Sq=3, Sk=4))
+    n = torch.tensor([3])
+    gradients = []
+    for impl in ("triton", "torch"):
+        with sdpa_kernel(SDPBackend.MATH):  # the only stock kernel with second derivatives
+            out = sdpa(q, k, v, key_lengths=n, is_causal=True, impl=impl)
+        (first,) = torch.autograd.grad(out.pow(3).sum(), q, create_graph=True)
+        gradients.append(torch.autograd.grad(first.pow(2).sum(), (q, k, v)))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_autocast_casts_as_torch_does():
+    q, k, v = trio(2, 2, grad=True)
+    mask = torch.randn(5, 7)
+    with torch.autocast("cpu", dtype=torch.float16):
+        ours = sdpa(q, k, v, mask, impl="triton")
+        stock = F.scaled_dot_product_attention(q, k, v, mask)
+    assert ours.dtype == stock.dtype == torch.float16
+    torch.testing.assert_close(ours, stock, rtol=1e-2, atol=1e-2)
+    ours.sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+def test_flops_are_counted_as_torch_counts_its_own():
+    q, k, v = trio(2, 2, grad=True)
+    totals = []
+    for impl in ("triton", "torch"):
+        with FlopCounterMode(display=False) as counter:
+            sdpa(q, k, v, impl=impl).sum().backward()
+        totals.append(counter.get_total_flops())
+    assert totals[0] == 4 * 2 * 2 * 5 * 7 * 16 * 7 // 2
+    assert totals[1] <= totals[0]
+
+
+def test_nothing_is_written_to_the_inputs():
+    q, k, v = trio(2, 2)
+    before = copy.deepcopy((q, k, v))
+    sdpa(q, k, v, key_lengths=torch.tensor([7, 0]), impl="triton")
+    assert all(torch.equal(a, b) for a, b in zip((q, k, v), before, strict=True))
+
+
+def test_table_and_its_explanation():
+    rows = op.explain_auto()
+    assert {row["engine"] for row in rows} == {"torch", "triton"}
+    assert all("estimated" in row["why"] or "measured on" in row["why"] for row in rows)
+    engines = {row["example"]: row["engine"] for row in rows}
+    assert engines["BERT, D=64, lengths, dropout, training"] == "triton"
+    assert engines["D=128, causal"] == "torch"
