@@ -25,20 +25,6 @@ pytest.importorskip("tokenizers")
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 WORDS = ("open", "read", "write", "close", "file", "path", "name", "socket", "thread", "lock", "queue", "token")
-    "open",
-    "read",
-    "write",
-    "close",
-    "file",
-    "path",
-    "name",
-    "socket",
-    "thread",
-    "lock",
-    "queue",
-    "parse",
-    "token",
-)
 
 
 @pytest.fixture

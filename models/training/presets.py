@@ -116,7 +116,7 @@ PRESETS: dict[tuple[str, str], dict[str, Preset]] = {
     ("lstm", "classify"): RECURRENT_CLASSIFIER,
     ("transformer", "classify"): {
         "small": Preset(
-            epochs=8,
+            epochs=5,
             batch=32,
             optimizer="adam",
             learning_rate=5e-4,
