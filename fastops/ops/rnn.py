@@ -10,8 +10,9 @@ a GEMM and one fused kernel per time step, for any H. "torch" is stock PyTorch. 
 of different lengths are masked inside it; the input product and the weight gradients are one GEMM each.
 
 fp16, bf16 and fp32, accumulated in fp32, c and its gradient kept in fp32 from the first step to the last. fp32 products
-are rounded to TF32 where `torch.backends.cudnn.rnn` allows it. fp64 goes to stock PyTorch. Error against fp64: at most
-twice stock's own in the same dtype. No float atomics: results repeat bit for bit.
+are rounded to TF32 where `torch.backends.cudnn.rnn` allows it; where not, "small" and "persistent" refuse H > 32. fp64
+goes to stock PyTorch. Error against fp64: at most twice stock's own in the same dtype. No float atomics: results repeat
+bit for bit.
 
 Saved for backward, per time step and row, besides input and output: 4 H slots in the input's dtype (LSTM, GRU; they
 take the place of the input product), H fp32 of c (LSTM), and H of the state before the step. That is 14 H, 10 H and 2 H
@@ -38,6 +39,7 @@ __all__ = ["ENGINES", "explain_auto", "recurrent_layer", "reference", "why_not"]
 
 ENGINES = ("auto", "triton", "persistent", "small", "step", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+IEEE_HIDDEN = 32
 ROWS = tuning.load("rnn")
 
 
@@ -74,6 +76,11 @@ def why_not(
     if engine == "step":
         return None
     hidden = weights[0][1].shape[1]
+    if input.dtype == torch.float32 and hidden > IEEE_HIDDEN and input.device.type == "cuda" and not _tf32_allowed():
+        return (
+            f"fp32 without TF32 (torch.backends.cudnn.rnn.fp32_precision) needs a hidden size of at most "
+            f"{IEEE_HIDDEN}, got {hidden}: the recurrent product would run without tensor cores"
+        )
     batch = input.shape[0 if batch_first else 1]
     from fastops.kernels import rnn_plan
 
@@ -86,6 +93,11 @@ def why_not(
         if isinstance(plan, str):
             return plan
     return None
+
+
+@torch.compiler.assume_constant_result
+def _tf32_allowed() -> bool:
+    return torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32"
 
 
 def _forward_fake(
