@@ -401,6 +401,27 @@ def test_the_report_says_that_a_cpu_runs_stock(monkeypatch):
     assert "stock PyTorch" in fastops.explain(nn.LSTM(3, 4)).note
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_encoder_in_evaluation_with_padding(nested, impl, monkeypatch):
+    monkeypatch.setenv("FASTOPS_IMPL", impl)
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+    x, padding = torch.randn(3, 5, 8), torch.arange(5) >= torch.tensor([[5], [3], [1]])
+    expected = model(x, src_key_padding_mask=padding)
+    assert (expected[padding] == 0).all() == nested
+    fastops.accelerate(model)
+    assert type(model) is (nn.TransformerEncoder if nested else fastops.nn.TransformerEncoder)
+    if nested and impl == "triton":
+        with pytest.raises(fastops.KernelUnavailable, match="nested"):
+            model(x, src_key_padding_mask=padding)
+    else:
+        found = model(x, src_key_padding_mask=padding)
+        real = slice(None) if nested else ~padding
+        torch.testing.assert_close(found[real], expected[real])
+
+
 def test_explain_changes_nothing():
     model = Everything()
     before, state = classes(model), {path: dict(vars(module)) for path, module in model.named_modules()}
