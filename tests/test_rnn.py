@@ -287,6 +287,30 @@ def test_fp64_and_empty_batches_run_on_stock(device):
     assert "empty" in why_not("LSTM", x[:, :0], h0[:, :0], c0[:, :0], weights, engine="small")
 
 
+@pytest.mark.parametrize("impl", ["small", "step"])
+def test_odd_sizes_strides_and_nan(device, impl):
+    for steps, batch, size, hidden in ((1, 1, 1, 1), (2, 1, 4, 5), (1, 3, 2, 33)):
+        assert_layer(Layer("LSTM", torch.float32, steps, batch, size, hidden, device=device), impl)
+    layer = Layer("LSTM", torch.float32, 3, 2, 4, 5, 2, device=device)
+    _, _, _, weights = layer.leaves(torch.float32)
+    turned = [tuple(w.t().contiguous().t() for w in each) for each in weights]
+    h0 = torch.randn(2, 2, 5, device=device).transpose(0, 1)
+    y = torch.randn(3, 2, 8, device=device)[..., ::2]
+    y[1, 0, 0] = float("nan")
+    y[0, 1, 0] = float("inf")
+    ours = recurrent_layer("LSTM", y, h0, h0[:1].expand(2, 2, 5), turned, impl=impl)
+    expected = reference("LSTM", y, h0, h0[:1].expand(2, 2, 5), weights)
+    for found, value in zip(ours, expected, strict=True):
+        torch.testing.assert_close(found, value, equal_nan=True)
+
+
+def test_meta_tensors_run_on_stock():
+    layer = Layer("LSTM", torch.float32, 3, 2, 4, 5)
+    x, _, _, weights = layer.leaves(torch.float32)
+    output, *_ = recurrent_layer("LSTM", x.to("meta"), None, None, [tuple(w.to("meta") for w in weights[0])])
+    assert output.shape == (3, 2, 5)
+
+
 def test_triton_chooses_by_hidden_size_and_says_why_not(device):
     big = Layer("LSTM", torch.float16, 2, 2, 2, 1100, device=device)
     x, h0, c0, weights = big.leaves(torch.float16)

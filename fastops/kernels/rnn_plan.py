@@ -128,6 +128,6 @@ def _backward_plans(mode: str, hidden: int, directions: int, itemsize: int, mach
         fits = machine.multiprocessors // (tiles * directions)
         slice_bytes = itemsize * pieces * block_k * block_h
         piece_bytes = itemsize * block_k * block_b
-        group = max(1, min(pieces, 65536 // piece_bytes)) if block_b == 16 else min(pieces, 4)
+        group = max(1, min(pieces, 65536 // piece_bytes)) if block_b == 16 else min(pieces, 2)
         needed = slice_bytes + group * piece_bytes + 2048
         yield Plan(block_h, block_b, block_k, tiles, fits, warps, warps, group), needed

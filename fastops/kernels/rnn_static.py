@@ -36,6 +36,7 @@ BACKWARD = [
     ("persistent", "LSTM", 512, 64, 1, "fp16", False, (80, 90)),
     ("persistent", "LSTM", 512, 64, 2, "bf16", True, (90,)),
     ("persistent", "LSTM", 1024, 64, 1, "fp16", False, (90,)),
+    ("persistent", "LSTM", 1024, 64, 1, "bf16", True, (90,)),
     ("persistent", "LSTM", 200, 64, 1, "fp16", False, (80, 90)),
     ("persistent", "LSTM", 512, 64, 1, "fp32", False, (90,)),
     ("persistent", "GRU", 512, 64, 1, "fp16", False, (80, 90)),

@@ -39,6 +39,7 @@ __all__ = ["ENGINES", "explain_auto", "recurrent_layer", "reference", "why_not"]
 
 ENGINES = ("auto", "triton", "persistent", "small", "step", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PLACES = ("cuda", "cpu")  # elsewhere stock PyTorch has an autocast of its own, or none
 IEEE_HIDDEN = 32
 ROWS = tuning.load("rnn")
 
@@ -292,7 +293,7 @@ def recurrent_layer(
     """
     engine = _env.choose_impl(impl, ENGINES)
     place = input.device.type
-    if torch.is_autocast_enabled(place) and input.dtype in DTYPES:
+    if place in PLACES and torch.is_autocast_enabled(place) and input.dtype in DTYPES:
         dtype = torch.get_autocast_dtype(place)
         input, h0, c0 = (None if x is None else x.to(dtype) for x in (input, h0, c0))  # type: ignore[assignment]
         weights = [tuple(None if w is None else w.to(dtype) for w in each) for each in weights]  # type: ignore[misc]
