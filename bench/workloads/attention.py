@@ -94,20 +94,12 @@ class Attention:
             tensors["bias"] = common.random(device, seed, 1, heads, s["q_len"], s["k_len"], dtype=dtype, salt=5)
         if common.needs_grad(case):
             tensors["grad"] = random(4, s["q_len"], heads)
-            self.relevant(case, (tensors["grad"],), in_place=True)
+            tensors["grad"] = _blank_padding(case, tensors["grad"])
         return tensors
 
-    def relevant(self, case: Case, outputs: tuple[Tensor, ...], in_place: bool = False) -> tuple[Tensor, ...]:
+    def relevant(self, case: Case, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Rows of padding in the output mean nothing: zero in every arm's answer before it is graded."""
-        out = outputs[0]
-        if case.shape.get("fill", 1.0) >= 1 or case.mode == "bwd":
-            return outputs
-        lengths = torch.tensor(lengths_of(case), device=out.device)
-        padding = (torch.arange(out.shape[1], device=out.device) >= lengths[:, None])[..., None, None]
-        if in_place:
-            out.masked_fill_(padding, 0)
-            return outputs
-        return (out.masked_fill(padding, 0), *outputs[1:])
+        return outputs if case.mode == "bwd" else (_blank_padding(case, outputs[0]), *outputs[1:])
 
     def truth(self, case: Case, tensors: Tensors) -> tuple[Tensor, ...]:
         """Float64, some heads at a time; without dropout."""
@@ -253,7 +245,7 @@ class Varlen(Attention):
             tensors["grad"] = random(4, s["heads"])
         return tensors
 
-    def relevant(self, case: Case, outputs: tuple[Tensor, ...], in_place: bool = False) -> tuple[Tensor, ...]:
+    def relevant(self, case: Case, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Everything is real."""
         return outputs
 
@@ -345,6 +337,15 @@ class Varlen(Attention):
             )
 
         return build
+
+
+def _blank_padding(case: Case, x: Tensor) -> Tensor:
+    """(B, S, H, D) with zeros in the rows past each sequence's length."""
+    if case.shape.get("fill", 1.0) >= 1:
+        return x
+    lengths = torch.tensor(lengths_of(case), device=x.device)
+    padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+    return x.masked_fill(padding[..., None, None], 0)
 
 
 def _mask_form(s: Any) -> str:

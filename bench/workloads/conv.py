@@ -144,7 +144,7 @@ def taps(size: int, kernel: int, stride: int, padding: int) -> int:
     """Taps that fall inside the image, summed over the output positions of one dimension."""
     outputs = (size + 2 * padding - kernel) // stride + 1
     starts = [i * stride - padding for i in range(outputs)]
-    return sum(min(start + kernel, size) - max(start, 0) for start in starts)
+    return sum(max(min(start + kernel, size) - max(start, 0), 0) for start in starts)
 
 
 CONV = Conv(pooled=False)

@@ -1,0 +1,98 @@
+"""`make gpu`: whatever a stage does, the whole ends in time and what was measured stays."""
+
+import json
+import time
+
+import pytest
+
+from bench import gpu
+from bench.gpu import Stage
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE_S", 0.5)
+    monkeypatch.setattr(gpu, "FEWEST_S", 0.3)
+
+
+def stage(name, code, share, **more):
+    return Stage(name, ("-c", code), share, "log.txt", **more)
+
+
+def test_a_hang_is_stopped_and_the_next_stage_runs(tmp_path):
+    plan = [
+        stage("hangs", "import time; print('begun', flush=True); time.sleep(600)", 1.5),
+        stage("ignores signals", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)", 1.5),
+        stage(
+            "leaves a child",
+            "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])",
+            1.5,
+        ),
+        stage("works", "print('done')", 5.0),
+    ]
+    start = time.monotonic()
+    done = gpu.run_all(plan, tmp_path, total_s=12.0)
+    assert time.monotonic() - start < 12.0
+    assert [one["ended"] for one in done] == ["deadline"] * 3 + ["done"]
+    assert done[3]["exit_code"] == 0
+    log = (tmp_path / "log.txt").read_text()
+    assert "begun" in log
+    assert "stopped at its deadline" in log
+    assert json.loads((tmp_path / "summary.json").read_text()) == done
+
+
+def test_a_stage_that_dies_is_started_again_and_told_to_resume(tmp_path):
+    count = tmp_path / "count"
+    code = f"""
+import os, pathlib, sys
+count = pathlib.Path({str(count)!r})
+starts = int(count.read_text()) if count.exists() else 0
+count.write_text(str(starts + 1))
+sys.exit(0) if starts == 2 and "--resume" in sys.argv else os.abort()
+"""
+    found = gpu.run_stage(stage("dies", code, 20.0, resumes=True), tmp_path, 20.0)
+    assert (found["exit_code"], found["starts"]) == (0, 3)
+    count.unlink()
+    once = gpu.run_stage(stage("dies", code, 20.0), tmp_path, 20.0)
+    assert once["starts"] == 1
+    assert once["exit_code"] not in (0, None)
+
+
+def test_no_time_left_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "FEWEST_S", 5.0)
+    plan = [stage("long", "import time; time.sleep(600)", 5.1), stage("late", "print(1)", 5.0)]
+    done = gpu.run_all(plan, tmp_path, total_s=5.2)
+    assert done[1]["ended"] == "no time left"
+
+
+def test_the_real_plan_fits_nine_minutes_and_eight_files(tmp_path):
+    plan = gpu.stages(tmp_path)
+    assert plan[0].name == "tests"
+    assert sum(one.share for one in plan) <= gpu.TOTAL_S <= 9 * 60 - 10
+    jsons = {one.arguments[one.arguments.index("--json") + 1] for one in plan if "--json" in one.arguments}
+    files = jsons | {one.log for one in plan} | {"summary.json", "report.html"}
+    assert len(files) <= 8
+
+
+def test_results_are_gathered_from_all_files(tmp_path, capsys):
+    from tests.bench_document import document
+
+    made = document(rows=6)
+    for name, rows in (("conv", made["rows"][:2]), ("rnn", made["rows"][2:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**made, "rows": rows}))
+    (tmp_path / "attention.json.part").write_text("{")
+    (tmp_path / "summary.json").write_text("[]")
+    (tmp_path / "tests.txt").write_text("12 passed")
+    assert gpu.print_results(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "12 passed" in out
+    assert out.splitlines()[-1].startswith("6 cases")
+    gpu.write_page(tmp_path)
+    assert "fastops benchmark" in (tmp_path / "report.html").read_text()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_without_a_gpu_one_clear_line(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main() == 2
+    assert "sees no GPU" in capsys.readouterr().err
