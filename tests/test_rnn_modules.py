@@ -260,8 +260,8 @@ def test_bad_lengths():
     module = fastops.nn.GRU(3, 5)
     x = torch.randn(4, 2, 3)
     for lengths, message in (
-        (torch.tensor([4, 5]), "5 in batch row 1"),
-        (torch.tensor([-1, 2]), "-1 in batch row 0"),
+        (torch.tensor([4, 5]), r"lengths\[1\].*5"),
+        (torch.tensor([-1, 2]), r"lengths\[0\].*-1"),
         (torch.tensor([4.0, 2.0]), "float32"),
         (torch.tensor([True, True]), "bool"),
         (torch.tensor([4]), r"\(2,\).*\(1,\)"),

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastops import _env
+from fastops.nn.rnn_compile import trace_through
 from fastops.nn.rnn_sequences import Packing, check_lengths
-from fastops.nn.rnn_stock import stock_layer, trace_through
 from fastops.ops import rnn as ops
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -44,15 +44,15 @@ class _Recurrent(torch.nn.RNNBase):
         packed = isinstance(input, PackedSequence)
         if lengths is not None:
             lengths = self._check_lengths(input, lengths)
-        engine = self._engine(input.data if packed else input, packed or lengths is not None)
-        compiling = torch.compiler.is_compiling()
-        # exported programs should hold torch's own operators, and a projection is traced step by step
-        if engine == "torch" and compiling and not (packed or self.proj_size or torch.compiler.is_exporting()):
-            return self._padded(input, hx, lengths, self._opaque)
-        if engine == "torch" and lengths is None:
-            return super().forward(input, hx)
-        if self.proj_size or (engine == "torch" and input.device.type == "cpu" and not compiling):
-            return self._stock_ragged(input, hx, lengths)
+        engine = self._engine(input, lengths is not None)
+        if engine == "torch":
+            compiling = torch.compiler.is_compiling()
+            if lengths is not None and not compiling and (self.proj_size or input.device.type == "cpu"):
+                return self._stock_ragged(input, hx, lengths)
+            # compiled, each layer is one op; exported programs hold torch's own operators, a projection is unrolled
+            one_op = compiling and not (packed or self.proj_size or torch.compiler.is_exporting())
+            if lengths is None and not one_op:
+                return super().forward(input, hx)
         layer = self._layer(engine)
         return self._packed(input, hx, layer) if packed else self._padded(input, hx, lengths, layer)
 
@@ -64,34 +64,48 @@ class _Recurrent(torch.nn.RNNBase):
         steps, batch = input.shape[:2] if not self.batch_first else (input.shape[1], input.shape[0])
         return check_lengths(lengths, batch, steps, input.device)
 
-    def _engine(self, data: Tensor, ragged: bool) -> str:
+    def _engine(self, input: Any, ragged: bool) -> str:
         """Name of the engine: "torch" is stock PyTorch for the whole module, "auto" lets each layer choose."""
         engine = _env.choose_impl(self.impl, ops.ENGINES)
-        if engine == "auto" and (data.device.type != "cuda" or self.proj_size or data.dtype == torch.float64):
-            return "torch"
-        if engine != "torch" and self.proj_size:
+        if engine == "torch":
+            return engine
+        data = input.data if isinstance(input, PackedSequence) else input
+        if self.proj_size:
+            if engine == "auto":
+                return "torch"
             raise _env.KernelUnavailable(f"{self._get_name()}(impl={engine!r}): proj_size runs on stock PyTorch only")
+        if engine == "auto" and (
+            data.device.type != "cuda" or data.dim() not in (2, 3) or not self._wins(input, ragged)
+        ):
+            return "torch"
         return engine
+
+    def _wins(self, input: Any, ragged: bool) -> bool:
+        """Whether the table names one of our engines for any layer. If not, stock runs all layers in one call."""
+        data = input
+        if isinstance(input, PackedSequence):
+            data, ragged = input.data, True
+            steps, batch = input.batch_sizes.shape[0], int(input.batch_sizes[0])
+        elif input.dim() == 2:
+            steps, batch = input.shape[0], 1
+        else:
+            steps, batch = input.shape[:2] if not self.batch_first else (input.shape[1], input.shape[0])
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else data.dtype
+        one = torch.empty((), dtype=dtype, device=data.device)  # stands for a layer's input: only its shape is read
+        weights = self._weights()
+        directions = 2 if self.bidirectional else 1
+        for first in range(0, len(weights), directions)[:2]:  # layers after the second are like it
+            own = weights[first : first + directions]
+            stand_in = one.expand(steps, batch, own[0][0].shape[1])
+            if ops._auto(self.mode, stand_in, None, None, own, data if ragged else None, False) != "torch":
+                return True
+        return False
 
     def _layer(self, engine: str) -> Layer:
         def layer(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Any, lengths: Tensor | None) -> Any:
             return ops.recurrent_layer(self.mode, x, h0, c0, weights, lengths, impl=engine)
 
         return layer
-
-    def _opaque(
-        self, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Any, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        shape = (len(weights), x.shape[1], self.hidden_size)
-        states = [x.new_zeros(shape) if h0 is None else h0]
-        if self.mode == "LSTM":
-            states.append(x.new_zeros(shape) if c0 is None else c0)
-        flat = [w for direction in weights for w in direction if w is not None]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, states, flat = x.to(dtype), [s.to(dtype) for s in states], [w.to(dtype) for w in flat]
-        output, h_n, *c_n = stock_layer(x, states, flat, lengths, self.mode)
-        return output, h_n, c_n[0] if c_n else None
 
     def _padded(self, input: Tensor, hx: Any, lengths: Tensor | None, layer: Layer) -> Any:
         """All layers over a padded (or one unbatched) sequence."""
@@ -131,11 +145,15 @@ class _Recurrent(torch.nn.RNNBase):
         again = PackedSequence(packing.pack(output), packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
         return again, finals if lstm else finals[0]
 
+    def _weights(self) -> list[tuple[Any, ...]]:
+        """(w_ih, w_hh, b_ih or None, b_hh or None) of each direction of each layer."""
+        return [(*w, None, None) if len(w) == 2 else tuple(w) for w in self.all_weights]
+
     def _layers(
         self, x: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, layer: Layer
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         directions = 2 if self.bidirectional else 1
-        weights = [(*w, None, None) if len(w) == 2 else tuple(w) for w in self.all_weights]
+        weights = self._weights()
         last_h, last_c = [], []
         for k in range(self.num_layers):
             own = slice(k * directions, (k + 1) * directions)

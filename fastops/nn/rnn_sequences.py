@@ -6,33 +6,20 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Packing", "check_lengths"]
+from fastops.ops import rnn_check
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+__all__ = ["Packing", "check_lengths"]
 
 
 def check_lengths(lengths: Tensor, batch: int, steps: int, device: torch.device) -> Tensor:
-    """`lengths` as int64 in [0, steps]; ValueError where that is not what was given.
+    """`lengths` as int64; an error where they are not one integer for each row, on the input's device.
 
-    Values are checked on the CPU only: on a GPU, reading them would wait for it. There they are clamped.
+    Values are checked on the CPU only: on a GPU, reading them here would wait for it.
     """
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be an integer tensor, got {type(lengths).__name__}")
-    if lengths.dtype not in INTEGERS:
-        raise ValueError(f"lengths must be an integer tensor, got {lengths.dtype}")
-    if lengths.shape != (batch,):
-        raise ValueError(f"lengths must have shape ({batch},), one per batch row, got {tuple(lengths.shape)}")
-    if lengths.device != device:
-        raise ValueError(f"lengths are on {lengths.device}, the input is on {device}; they must be on one device")
-    lengths = lengths.to(torch.int64)
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = ((lengths < 0) | (lengths > steps)).nonzero()
-        if len(wrong):
-            row = int(wrong[0])
-            got = int(lengths[row])
-            raise ValueError(f"lengths must be between 0 and the input's {steps} steps, got {got} in batch row {row}")
-        return lengths
-    return lengths.clamp(0, steps)
+    rnn_check.check_lengths(lengths, batch, steps, device)
+    return lengths.to(torch.int64)
 
 
 class Packing:

@@ -1,0 +1,321 @@
+"""One direction of a layer-norm LSTM with zoneout, over whole sequences.
+
+    i, f, g, o = LN(x_t W_ih^T) gain_ih + b_ih + LN(h_{t-1} W_hh^T) gain_hh + b_hh      LN over all 4 H numbers
+    candidate  = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)
+    output     = sigmoid(o) tanh(LN(candidate) gain_c + bias_c)                         LN over H numbers
+    c_t = z_c c_{t-1} + (1 - z_c) candidate,    h_t = z_h h_{t-1} + (1 - z_h) output
+
+LN(v) = (v - mean(v)) / sqrt(var(v) + eps). The cell state is carried unnormalised, as in Ba et al. In training z_c and
+z_h are masks, 1 with the zoneout rate, drawn for each step, row and unit; in evaluation they are the rates themselves.
+
+The input half, with its normalisation and both biases, is computed by PyTorch for all steps at once and arrives here as
+`gates`. Shapes: gates (T, B, 4H) or (B, T, 4H), w_hh (4H, H), gain_hh (4H), gain_c and bias_c (H), h0 and c0 (B, H),
+masks of what is replaced (T, B, H) by steps, lengths (B). dtypes: fp16, bf16, fp32, one for all; arithmetic in fp32, h
+rounded to the dtype at every step, c not. Error bound: at most twice that of the same formula in PyTorch.
+
+References: Ba, Kiros & Hinton 2016 (arXiv 1607.06450), equations 20 to 22; Krueger et al. 2016 (arXiv 1606.01305).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastops import _env, _library, tuning
+
+__all__ = ["layer_norm_lstm"]
+
+ENGINES = ("auto", "triton", "persistent", "step", "torch")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_PERSISTENT = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 32}
+MAX_PERSISTENT_SMALL_CHIP = 64  # W_hh of 128 units is 128 KiB, more than consumer GPUs have
+LARGE_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
+MAX_STEP = 1024
+ROWS = tuning.load("layer_norm_lstm")
+
+
+def reference(
+    gates: Tensor,
+    w_hh: Tensor,
+    gain_hh: Tensor,
+    gain_c: Tensor,
+    bias_c: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    mask_h: Tensor | None,
+    mask_c: Tensor | None,
+    lengths: Tensor | None,
+    keep_h: float,
+    keep_c: float,
+    eps: float,
+    reverse: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, h_n and c_n, as a loop over time. `keep` is how much of a state is replaced: 1 without zoneout."""
+    x = gates.transpose(0, 1) if batch_first else gates
+    steps, _, hidden = x.shape[0], x.shape[1], w_hh.shape[1]
+    if lengths is not None:
+        ended = torch.arange(steps, device=x.device).unsqueeze(-1) >= lengths
+        x = x.masked_fill(ended.unsqueeze(-1), 0)
+        if reverse:
+            time = torch.arange(steps, device=x.device).unsqueeze(-1)
+            mirror = torch.where(ended, time, lengths - 1 - time).unsqueeze(-1)
+    if reverse:
+        x = x.flip(0) if lengths is None else x.gather(0, mirror.expand_as(x))
+    h, c, rows = h0, c0, []
+    for t in range(steps):
+        recurrent = F.layer_norm(F.linear(h, w_hh), (4 * hidden,), gain_hh, None, eps)
+        i, f, g, o = (x[t] + recurrent).chunk(4, -1)
+        next_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        next_h = o.sigmoid() * F.layer_norm(next_c, (hidden,), gain_c, bias_c, eps).tanh()
+        next_h, next_c = _zone(next_h, h, mask_h, t, keep_h), _zone(next_c, c, mask_c, t, keep_c)
+        row = next_h
+        if lengths is not None:
+            running = (t < lengths).unsqueeze(-1)
+            row = torch.where(running, next_h, torch.zeros_like(next_h))
+            next_h, next_c = torch.where(running, next_h, h), torch.where(running, next_c, c)
+        rows.append(row)
+        h, c = next_h, next_c
+    output = torch.stack(rows) if rows else x.new_zeros(0, x.shape[1], hidden)
+    if reverse:
+        output = output.flip(0) if lengths is None else output.gather(0, mirror.expand_as(output))
+    return output.transpose(0, 1) if batch_first else output, h, c
+
+
+def _zone(new: Tensor, old: Tensor, mask: Tensor | None, t: int, keep: float) -> Tensor:
+    if mask is not None:
+        return torch.where(mask[t], new, old)
+    return new if keep == 1.0 else keep * new + (1.0 - keep) * old
+
+
+def why_not(gates: Tensor, hidden: int, engine: str = "triton") -> str | None:
+    """Why `engine` cannot run this call, or None where it can. "triton" is whichever of the two can."""
+    if gates.dtype not in DTYPES:
+        return f"the kernels compute fp16, bf16 and fp32, the tensors are {gates.dtype}"
+    reason = _env.why_no_triton(gates.device)
+    if reason is not None:
+        return reason
+    if engine == "persistent":
+        limit = MAX_PERSISTENT[gates.dtype]
+        if gates.device.type == "cuda" and _env.capability(_env.index_of(gates.device)) not in LARGE_SHARED_MEMORY:
+            limit = min(limit, MAX_PERSISTENT_SMALL_CHIP)
+        if hidden > limit:
+            return f"all steps in one launch need hidden_size <= {limit} for {gates.dtype} here, got {hidden}"
+    elif hidden > MAX_STEP:
+        return f"a row of gates must fit one program: hidden_size <= {MAX_STEP}, got {hidden}"
+    return None
+
+
+def choose(gates: Tensor, hidden: int, impl: str) -> str:
+    """The engine to run: "persistent", "step" or "torch"."""
+    engine = _env.choose_impl(impl, ENGINES)
+    if engine == "auto":
+        if gates.device.type != "cuda":
+            return "torch"
+        able = {name: why_not(gates, hidden, name) is None for name in ("persistent", "step")}
+        facts = {**able, "hidden": hidden, "dtype": str(gates.dtype).removeprefix("torch.")}
+        if not any(able.values()):
+            return "torch"
+        return tuning.choose(ROWS, {**facts, "gpu": _env.device_name(_env.index_of(gates.device))}).engine
+    if engine == "torch":
+        return engine
+    reason = why_not(gates, hidden, engine)
+    if reason is not None:
+        raise _env.KernelUnavailable(f"layer_norm_lstm(impl={engine!r}): {reason}")
+    if engine == "triton":
+        return "persistent" if why_not(gates, hidden, "persistent") is None else "step"
+    return engine
+
+
+def _forward_fake(
+    gates: Tensor,
+    w_hh: Tensor,
+    gain_hh: Tensor,
+    gain_c: Tensor,
+    bias_c: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    mask_h: Tensor | None,
+    mask_c: Tensor | None,
+    lengths: Tensor | None,
+    keep_h: float,
+    keep_c: float,
+    eps: float,
+    reverse: bool,
+    batch_first: bool,
+    save: bool,
+    engine: str,
+) -> tuple[Tensor, ...]:
+    steps, batch = (gates.shape[1], gates.shape[0]) if batch_first else (gates.shape[0], gates.shape[1])
+    hidden = gates.shape[2] // 4
+    slabs, rows = (steps + 1, batch) if save else (0, 0)
+    return (
+        gates.new_empty((gates.shape[0], gates.shape[1], hidden)),
+        gates.new_empty((batch, hidden)),
+        gates.new_empty((batch, hidden)),
+        gates.new_empty((slabs, rows, hidden)),
+        gates.new_empty((slabs, rows, hidden), dtype=torch.float32),
+        gates.new_empty((steps if save else 0, rows, 4 * hidden)),
+    )
+
+
+def _backward_fake(
+    grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, gates: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    batch_first = rest[-2]
+    steps, batch = (gates.shape[1], gates.shape[0]) if batch_first else (gates.shape[0], gates.shape[1])
+    hidden = gates.shape[2] // 4
+    return (
+        gates.new_empty(gates.shape),
+        gates.new_empty((steps, batch, 4 * hidden)),
+        gates.new_empty((batch, hidden)),
+        gates.new_empty((batch, hidden)),
+        gates.new_empty((6 * hidden,), dtype=torch.float32),
+    )
+
+
+_OPTIONS = "float keep_h, float keep_c, float eps, bool reverse, bool batch_first"
+_MASKS = "Tensor? mask_h, Tensor? mask_c, Tensor? lengths"
+_forward = _library.define(
+    "layer_norm_lstm_forward",
+    f"(Tensor gates, Tensor w_hh, Tensor gain_hh, Tensor gain_c, Tensor bias_c, Tensor h0, Tensor c0, {_MASKS}, "
+    f"{_OPTIONS}, bool save, str engine) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "fastops.kernels.layer_norm_lstm:forward",
+    _forward_fake,
+)
+_backward = _library.define(
+    "layer_norm_lstm_backward",
+    "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor gates, Tensor w_hh, Tensor gain_hh, "
+    f"Tensor gain_c, Tensor bias_c, Tensor c, Tensor product, {_MASKS}, {_OPTIONS}, str engine) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "fastops.kernels.layer_norm_lstm:backward",
+    _backward_fake,
+)
+
+
+class _LayerNormLSTM(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return _forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.options, ctx.engine = inputs[10:15], inputs[16]
+        ctx.save_for_backward(*inputs[:10], *output[3:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        *inputs, h, c, product = ctx.saved_tensors
+        rest = (None,) * 10
+        if all(grad is None for grad in grads[:3]):
+            return *(None,) * 7, *rest
+        if _library.differentiable_again():
+            masks = inputs[7:]
+
+            def again(*tensors: Any) -> Any:
+                return reference(*tensors, *masks, *ctx.options)
+
+            found = _library.reference_gradients(again, inputs[:7], ctx.needs_input_grad[:7], grads[:3])
+            return *found, *rest
+        gates, w_hh, gain_hh, gain_c, bias_c = inputs[:5]
+        grad_gates, grad_product, grad_h0, grad_c0, sums = _backward(
+            *grads[:3], gates, w_hh, gain_hh, gain_c, bias_c, c, product, *inputs[7:], *ctx.options, ctx.engine
+        )
+        hidden = w_hh.shape[1]
+        grad_w = grad_product.flatten(0, 1).t() @ h[:-1].flatten(0, 1)
+        grad_gain, grad_gain_c, grad_bias_c = sums.to(gain_hh.dtype).split((4 * hidden, hidden, hidden))
+        return grad_gates, grad_w, grad_gain, grad_gain_c, grad_bias_c, grad_h0, grad_c0, *rest
+
+
+def layer_norm_lstm(
+    gates: Tensor,
+    w_hh: Tensor,
+    gain_hh: Tensor,
+    gain_c: Tensor,
+    bias_c: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    *,
+    mask_h: Tensor | None = None,
+    mask_c: Tensor | None = None,
+    lengths: Tensor | None = None,
+    keep_h: float = 1.0,
+    keep_c: float = 1.0,
+    eps: float = 1e-5,
+    reverse: bool = False,
+    batch_first: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one direction of a layer-norm LSTM; the module's docstring has the formula.
+
+    Args:
+        gates: (T, B, 4H) or (B, T, 4H), the input half of the gates, normalised, with biases; order i, f, g, o.
+        w_hh: (4H, H).
+        gain_hh: (4H).
+        gain_c: (H).
+        bias_c: (H).
+        h0: (B, H).
+        c0: (B, H).
+        mask_h: (T, B, H) bool, in the order in which steps are run, True where h is replaced; with mask_c.
+        mask_c: the same for c.
+        lengths: (B,) integers in [0, T] on the same device, or None.
+        keep_h: how much of h is replaced where there is no mask.
+        keep_c: the same for c.
+        eps: of the normalisations.
+        reverse: run from the last step to the first.
+        batch_first: whether gates and output are (B, T, ...).
+        impl: "auto", "triton" (whichever of the next two can), "persistent" (all steps in one launch, small H),
+            "step" (two launches a step) or "torch".
+
+    Returns:
+        output as gates, but with H features; h_n and c_n (B, H).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+        KernelUnavailable: an engine asked for by name cannot run here.
+    """
+    if gates.dim() != 3 or w_hh.dim() != 2 or gates.shape[2] != 4 * w_hh.shape[1] or w_hh.shape[0] != gates.shape[2]:
+        raise ValueError(f"gates {tuple(gates.shape)} and w_hh {tuple(w_hh.shape)} must be (T, B, 4H) and (4H, H)")
+    steps, batch = (gates.shape[1], gates.shape[0]) if batch_first else (gates.shape[0], gates.shape[1])
+    hidden = w_hh.shape[1]
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "w_hh": (w_hh, (4 * hidden, hidden)),
+        "gain_hh": (gain_hh, (4 * hidden,)),
+        "gain_c": (gain_c, (hidden,)),
+        "bias_c": (bias_c, (hidden,)),
+        "h0": (h0, (batch, hidden)),
+        "c0": (c0, (batch, hidden)),
+        "mask_h": (mask_h, (steps, batch, hidden)),
+        "mask_c": (mask_c, (steps, batch, hidden)),
+        "lengths": (lengths, (batch,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != gates.device:
+            raise ValueError(f"{name} is on {tensor.device}, gates are on {gates.device}")
+        if name not in ("mask_h", "mask_c", "lengths") and tensor.dtype != gates.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, gates are {gates.dtype}; they must be the same")
+    if (mask_h is None) != (mask_c is None):
+        raise ValueError("mask_h and mask_c go together")
+    tensors = (gates, w_hh, gain_hh, gain_c, bias_c, h0, c0)
+    rest: Any = (mask_h, mask_c, lengths, keep_h, keep_c, eps, reverse, batch_first)
+    engine = choose(gates, hidden, impl)
+    if engine == "torch":
+        return reference(*tensors, *rest)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return _LayerNormLSTM.apply(*tensors, *rest, save, engine)[:3]
+
+
+def explain_auto() -> list[dict[str, str]]:
+    """What "auto" runs for typical calls, for `fastops env`."""
+    cases = (("H=64 fp16", True), ("H=512 fp16", False))
+    rows = [(text, tuning.choose(ROWS, {"persistent": small, "step": True})) for text, small in cases]
+    return [{"op": "layer_norm_lstm", "example": text, "engine": row.engine, "why": row.why} for text, row in rows]
