@@ -24,6 +24,9 @@ from fastops.kernels._common import relu
 from fastops.kernels.conv2d_layout import is_channels_last, new_maps, output_size
 
 DEAD = tl.constexpr(255)  # max_pool2d windows have at most 255 positions: 0..254
+# tile (pixels, channels), with its long side along the axis that is contiguous in memory
+BLOCKS = {"channels_last": (32, 64), "contiguous": (512, 4)}
+POOL_BLOCKS = {"channels_last": (16, 64), "contiguous": (128, 2)}  # smaller: each pixel holds a window's addresses
 PARTIAL_ROWS = 2048  # rows of partial bias gradients at most: 15 programs for each of 132 multiprocessors
 
 
@@ -171,7 +174,7 @@ def bias_relu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     x = _dense(x)
     y = new_maps(x, x.shape, _format(x), x.dtype)
     if y.numel():
-        block_m, block_n = _blocks(y)
+        block_m, block_n = _blocks(y, BLOCKS)
         n, k, pq, strides = _as_pixels(y)
         grid = (triton.cdiv(n * pq, block_m) * triton.cdiv(k, block_n),)
         bias_relu_kernel[grid](
@@ -185,9 +188,9 @@ def bias_relu_backward(grad: torch.Tensor, y: torch.Tensor, want_bias: bool) -> 
     y = _dense(y)
     grad = grad.contiguous(memory_format=_format(y))
     dx = new_maps(y, y.shape, _format(y), y.dtype)
-    block_m, block_n = _blocks(y)
+    block_m, block_n = _blocks(y, BLOCKS)
     n, k, pq, strides = _as_pixels(y)
-    rows, tiles = _partial_rows(n * pq, block_m)
+    rows, tiles = partial_rows(n * pq, block_m)
     partial = grad.new_empty((rows, k) if want_bias else (0,), dtype=torch.float32)
     if y.numel():
         relu_backward_kernel[(rows * triton.cdiv(k, block_n),)](
@@ -209,7 +212,7 @@ def bias_relu_pool(
     z = new_maps(x, size, _format(x), x.dtype)
     codes = new_maps(x, size, _format(x), torch.uint8) if want_codes else x.new_empty((0,), dtype=torch.uint8)
     if z.numel():
-        block_m, block_n = _blocks(z)
+        block_m, block_n = _blocks(z, POOL_BLOCKS)
         n, k, uv, strides = _as_pixels(z)
         bias_relu_pool_kernel[(triton.cdiv(n * uv, block_m) * triton.cdiv(k, block_n),)](
             x, *x.stride(), bias, z, *strides, codes, n, k, *x.shape[2:], *size[2:], *pool, *stride, *padding,
@@ -231,9 +234,9 @@ def bias_relu_pool_backward(
     """Gradients of x, of height and width `size`, and of the bias; the second is empty where it is not wanted."""
     grad = grad.contiguous(memory_format=_format(codes))
     dx = new_maps(grad, (*grad.shape[:2], *size), _format(codes), grad.dtype)
-    block_m, block_n = _blocks(dx)
+    block_m, block_n = _blocks(dx, POOL_BLOCKS)
     n, k, pq, strides = _as_pixels(dx)
-    rows, tiles = _partial_rows(n * pq, block_m)
+    rows, tiles = partial_rows(n * pq, block_m)
     partial = grad.new_empty((rows, k) if want_bias else (0,), dtype=torch.float32)
     if dx.numel():
         cover = triton.cdiv(pool[0], stride[0]) * triton.cdiv(pool[1], stride[1])
@@ -260,12 +263,11 @@ def _as_pixels(maps: torch.Tensor) -> tuple[int, int, int, tuple[int, int, int]]
     return n, k, p * q, strides
 
 
-def _blocks(maps: torch.Tensor) -> tuple[int, int]:
-    """Tile (pixels, channels) with its long side along the axis that is contiguous in memory."""
-    return (32, 64) if _format(maps) == torch.channels_last else (512, 4)
+def _blocks(maps: torch.Tensor, blocks: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    return blocks["channels_last" if is_channels_last(maps) else "contiguous"]
 
 
-def _partial_rows(pixels: int, block_m: int) -> tuple[int, int]:
+def partial_rows(pixels: int, block_m: int) -> tuple[int, int]:
     """Programs along the pixels, and tiles of each; a matter of shape alone, so that sums repeat on every GPU."""
     blocks = triton.cdiv(pixels, block_m)
     tiles = max(triton.cdiv(blocks, PARTIAL_ROWS), 1)
