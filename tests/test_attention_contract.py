@@ -244,3 +244,11 @@ def test_table_and_its_explanation():
     engines = {row["example"]: row["engine"] for row in rows}
     assert engines["BERT, D=64, lengths, dropout, training"] == "triton"
     assert engines["D=128, causal"] == "torch"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_nested_tensors_go_to_stock():
+    q, k, v = (torch.nested.nested_tensor(list(x)) for x in trio(2, 3))
+    assert sdpa(q, k, v).is_nested
+    with pytest.raises(RuntimeError, match="nested"):
+        sdpa(q, k, v, softcap=2.0)

@@ -106,12 +106,8 @@ def test_auto_agrees_with_stock_and_zeroes_dead_rows(device):
     q, k, v, _ = tensors(128, 128, 64, torch.bfloat16, device)
     mask = torch.rand(128, 128, device=device) > 0.5
     mask[5] = False
-    for options in (
-        {},
-        {"is_causal": True},
-        {"key_lengths": torch.tensor([100, 0], device=device)},
-        {"attn_mask": mask},
-    ):
+    lengths = torch.tensor([100, 0], device=device)
+    for options in ({}, {"is_causal": True}, {"key_lengths": lengths}, {"attn_mask": mask}):
         ours, stock, kernel = (sdpa(q, k, v, impl=impl, **options) for impl in ("auto", "torch", "triton"))
         torch.testing.assert_close(ours, stock, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(kernel, stock, rtol=2e-2, atol=2e-2)

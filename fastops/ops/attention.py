@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastops import _env, tuning
 from fastops.ops import attention_checks as checks
@@ -84,6 +85,13 @@ def scaled_dot_product_attention(
     tensors |= {"query_lengths": query_lengths, "alibi_slopes": alibi_slopes}
     checks.check_tensors(name, tensors, ("attn_mask", "key_lengths", "query_lengths", "alibi_slopes"))
     checks.check_numbers(name, dropout_p, scale, softcap)
+    if query.is_nested:
+        extras = (key_lengths, query_lengths, window, alibi_slopes)
+        if any(x is not None for x in extras) or softcap or return_lse or impl == "triton":
+            raise RuntimeError("nested tensors take the arguments of torch alone; packed ones go to varlen_attention")
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     left, right = checks.bounds(window, is_causal)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     checks.check_dense(query, key, value, attn_mask, enable_gqa, key_lengths, query_lengths, alibi_slopes)
