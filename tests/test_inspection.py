@@ -79,3 +79,91 @@ def test_reports_come_in_order_with_their_own_names():
     cases = [product(), product(dtype="bf16")]
     reports = compile_cases(cases, [90, 80], jobs=2)
     assert [(r.name, r.target) for r in reports] == [(c.name, t) for c in cases for t in (90, 80)]
+
+
+def entries(folder):
+    return sorted(path for path in (folder / "inspect").iterdir() if path.suffix == ".json")
+
+
+def test_a_corrupt_cache_is_compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTOPS_CACHE", str(tmp_path))
+    case = product(BM=64, BN=64, BK=32, num_warps=4)
+    first = compile_case(case, 80)
+    (entry,) = entries(tmp_path)
+    for text in ("", "{", "[]", "null", '{"name": 1}'):
+        entry.write_text(text)
+        assert compile_case(case, 80) == first
+    for text in tmp_path.glob("inspect/*.sass.gz"):
+        text.unlink()
+    assert "Function : product_kernel" in compile_case(case, 80).sass
+
+
+def test_where_no_cache_can_be_written_reports_live_as_long_as_the_process(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTOPS_CACHE", str(tmp_path / "file"))
+    report = compile_case(product(BM=64, BN=64, BK=32, num_warps=4), 80)
+    assert report.error is None
+    assert "mma.sync" in report.ptx
+
+
+def test_the_cache_key_follows_sources_helpers_and_globals(tmp_path):
+    from fastops.inspection import _source
+    from fastops.inspection.catalog import _import_file
+
+    text = """
+import triton, triton.language as tl
+LIMIT = tl.constexpr(4)
+@triton.jit
+def helper(x):
+    return x + 1
+@triton.jit
+def kernel(x_ptr, B: tl.constexpr):
+    i = tl.arange(0, B)
+    tl.store(x_ptr + i, helper(tl.load(x_ptr + i)) * LIMIT)
+"""
+    variants = [text, text.replace("x + 1", "x + 2"), text.replace("constexpr(4)", "constexpr(5)")]
+    variants += [text.replace("tl.arange(0, B)", "tl.arange(0, B) + 1"), "\n\n# a comment\n" + text]
+    digests = []
+    for index, variant in enumerate(variants):
+        (tmp_path / f"m{index}").mkdir()
+        path = tmp_path / f"m{index}" / "module_of_kernels.py"
+        path.write_text(variant)
+        digests.append(_source.digest(_import_file(path).kernel, {}))
+    assert len(set(digests)) == 4
+    assert digests[0] == digests[4]  # comments elsewhere do not count
+
+
+def test_a_compiler_that_dies_takes_nothing_with_it(tmp_path):
+    path = tmp_path / "deadly.py"
+    path.write_text(
+        "import os, triton, triton.language as tl\n"
+        "if 'TRITON_INTERPRET' not in os.environ:\n"
+        "    os.kill(os.getpid(), 11)\n"
+        "@triton.jit\n"
+        "def deadly_kernel(x_ptr):\n"
+        "    tl.store(x_ptr, 0)\n"
+    )
+    from fastops.inspection.catalog import user_cases
+
+    (deadly,) = user_cases(f"{path}:deadly_kernel", "*fp16", {})
+    healthy = product()
+    died, lived = compile_cases([deadly, healthy], [90], jobs=1)
+    assert "signal 11" in died.error
+    assert lived.error is None
+
+
+def test_kernels_that_cannot_be_addressed_are_named():
+    @triton.jit
+    def local_kernel(x_ptr):
+        tl.store(x_ptr, 0)
+
+    with pytest.raises(InspectionError, match="defined inside a function"):
+        compile_case(StaticCase("t", local_kernel, {"x_ptr": "*fp16"}, {}))
+    case = product()
+    with pytest.raises(InspectionError, match="expected a number, string"):
+        compile_case(StaticCase("t", case.kernel, case.signature, {**case.constexprs, "PREC": object()}))
+
+
+def test_nothing_to_do():
+    assert compile_cases([], [90]) == []
+    assert compile_cases([product()], []) == []

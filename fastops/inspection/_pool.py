@@ -119,6 +119,7 @@ class Worker:
         environment |= {
             "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
             "TRITON_CACHE_DIR": os.path.join(self._folder.name, "triton"),
+            "TRITON_ALWAYS_COMPILE": "1",  # a hit in Triton's cache brings no log of ptxas
             "OMP_NUM_THREADS": "1",
         }
         with open(os.path.join(self._folder.name, "stderr"), "w", encoding="utf-8") as errors:

@@ -25,7 +25,7 @@ def library_cases() -> list[StaticCase]:
     """Every shipped kernel configuration, in the order of modules and their lists.
 
     Raises:
-        InspectionError: triton is missing, a kernel module cannot be imported, or two cases have the same name and target.
+        InspectionError: triton is missing, a kernel module cannot be imported, or two cases share a name and a target.
     """
     triton_version()
     import fastops.kernels
