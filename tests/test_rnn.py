@@ -1,5 +1,6 @@
 """The recurrent layer against float64: every engine, mode, direction, layout and length, values and gradients."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -114,6 +115,21 @@ def test_persistent(device, mode, ragged):
 
 def test_persistent_with_several_batch_tiles(device):
     assert_layer(Layer("LSTM", torch.float32, 2, 17, 3, 24, device=device), "persistent")
+
+
+@pytest.mark.skipif(GPU, reason="the plan of a GPU is tested in test_rnn_gpu")
+def test_persistent_with_tiles_of_32_rows(monkeypatch):
+    """Larger batches take these: they load the saved slots after the product, and a launch for each group of tiles."""
+    from fastops.kernels import rnn_plan
+
+    plan = rnn_plan.persistent
+
+    def wider(*args):
+        return dataclasses.replace(plan(*args), block_b=32, group=2, batch_tiles=1)
+
+    monkeypatch.setattr(rnn_plan, "persistent", wider)
+    lengths = torch.tensor([2, 1, 0] * 11)
+    assert_layer(Layer("LSTM", torch.float32, 2, 33, 3, 24), "persistent", lengths)
 
 
 @pytest.mark.parametrize("mode", MODES)

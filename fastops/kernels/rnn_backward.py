@@ -132,6 +132,13 @@ def backward_kernel(
         if RAGGED:
             readable = unit_real[:, None] & (s < length)[None, :]
             running = real & readable
+        # the loads of this step go before the wait where registers allow it
+        if not ON_CHIP and BLOCK_B > 16:
+            if s + 1 < longest:
+                if BARRIER:
+                    patience = wait(counter_ptr, back * TILES, patience)
+                later = d_gates_ptr + g_step * (SLOTS * H) + all_slots
+                dh += _product(weights, later, s + 1 < length, RAGGED, H, BLOCK_K, SPLIT, GROUP, GATES, PRECISION)
         s0, s1, s2, s3 = dh, dh, dh, dh
         if SLOTS == 4:
             s0 = tl.load(gates_ptr + own_slots, mask=readable, other=0.0).to(tl.float32)
@@ -150,7 +157,7 @@ def backward_kernel(
             earlier = tl.load(history_ptr + own_history, mask=readable, other=0.0).to(tl.float32)
         dy = tl.load(d_output_ptr + own_output, mask=readable, other=0.0).to(tl.float32)
 
-        if not ON_CHIP:
+        if not ON_CHIP and BLOCK_B <= 16:
             if s + 1 < longest:
                 if BARRIER:
                     patience = wait(counter_ptr, back * TILES, patience)
