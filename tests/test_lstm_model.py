@@ -84,7 +84,7 @@ def test_it_learns_a_pattern(cell):
     text = torch.tensor(list(b"aabb" * 16)).unsqueeze(0)
     model = ByteLanguageModel(cell, embedding=8, hidden=32)
     optimizer = torch.optim.Adam(model.parameters(), 2e-2)
-    for _ in range(100):
+    for _ in range(200):
         loss = F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()

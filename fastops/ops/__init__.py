@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-NAMES = ("conv2d_relu", "rnn", "attention")
+NAMES = ("conv2d_relu", "rnn", "rnn_cell", "layer_norm_lstm", "attention")
 
 
 def modules() -> list[ModuleType]:
