@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torch import nn
+
+import fastops
+from models.alexnet import AlexNet, fused
+
+
+def small(model):
+    """A few filters in place of hundreds, for the interpreter: the same graph."""
+    torch.manual_seed(0)
+    for layer in model.features:
+        if isinstance(layer, nn.Conv2d):
+            layer.in_channels = max(3, layer.in_channels // 32)
+            layer.out_channels = max(3, layer.out_channels // 32)
+            layer.weight = nn.Parameter(
+                torch.randn(layer.out_channels, layer.in_channels, *layer.kernel_size) / layer.kernel_size[0] ** 2
+            )
+            layer.bias = nn.Parameter(torch.randn(layer.out_channels))
+    return model
+
+
+def test_the_network_is_the_one_described():
+    model = AlexNet().eval()
+    shapes = [tuple(p.shape) for p in model.features.parameters() if p.dim() == 4]
+    assert shapes == [
+        (64, 3, 11, 11),
+        (192, 64, 5, 5),
+        (384, 192, 3, 3),
+        (256, 384, 3, 3),
+        (256, 256, 3, 3),
+        (384, 256, 3, 3),
+        (256, 384, 3, 3),
+        (256, 256, 3, 3),
+    ]
+    sizes = []
+    for layer in model.features:
+        if isinstance(layer, nn.MaxPool2d):
+            layer.register_forward_hook(lambda module, inputs, output: sizes.append((*inputs[0].shape[2:],)))
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 224, 224)).shape == (1, 1000)
+    assert sizes == [(55, 55), (27, 27), (13, 13), (6, 6)]
+
+
+def test_the_fused_network_has_the_same_state():
+    model = AlexNet(num_classes=7).eval()
+    fast = fused(model)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert [id(p) for p in fast.parameters()] == [id(p) for p in model.parameters()]
+    assert len(fast.features) == len(model.features)
+    assert not fast.training
+    fast.load_state_dict(AlexNet(num_classes=7).state_dict())
+    kinds = [type(layer) for layer in fast.features if not isinstance(layer, nn.Identity)]
+    with_pool, alone = fastops.nn.Conv2dReLUMaxPool2d, fastops.nn.Conv2dReLU
+    assert kinds == [with_pool, with_pool, alone, alone, with_pool, alone, alone, with_pool]
+    images = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("impl", ["triton", "hybrid"])
+def test_features_train_alike_on_every_engine(impl):
+    model = small(AlexNet())
+    fast = fused(model, impl)
+    images = torch.randn(1, 3, 159, 159)
+    expected = model.features(images)
+    found = fast.features(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    grad = torch.randn_like(expected)
+    parameters = list(model.features.parameters())
+    for mine, theirs in zip(
+        torch.autograd.grad(found, parameters, grad), torch.autograd.grad(expected, parameters, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
