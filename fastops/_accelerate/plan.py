@@ -35,7 +35,7 @@ def plan(
     order = {path: place for place, (path, _) in enumerate(model.named_modules())}
     # a module that is in two places has its place by the first; a convolution may be reported at the second
     rows.sort(key=lambda row: order.get(row.path, order.get(row.path.rpartition(".")[0], 0)))
-    return Report(type(model).__name__, tuple(rows), _note(model) if rows else "")
+    return Report(type(model).__name__, tuple(rows), _note(model) if any(row.becomes for row in rows) else "")
 
 
 def chosen_ops(only: str | Iterable[str] | None) -> set[str]:

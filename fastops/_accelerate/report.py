@@ -57,7 +57,8 @@ class Report:
             parts.append(f"{done} done before")
         if self.kept:
             reasons = Counter(row.reason for row in self.kept).most_common()
-            parts.append(f"{len(self.kept)} stay ({'; '.join(f'{count}: {reason}' for reason, count in reasons)})")
+            said = "; ".join(reason if len(reasons) == 1 else f"{count}: {reason}" for reason, count in reasons)
+            parts.append(f"{len(self.kept)} stay ({said})")
         elif not self.rows:
             parts = ["nothing in it that fastops has a kernel for"]
         return f"{self.model}: {', '.join(parts)}" + (f". {self.note}" if self.note else "")
