@@ -15,6 +15,16 @@ from tests.rule import assert_within_rule
 ENGINES = ("triton", "hybrid")
 FORMATS = (torch.contiguous_format, torch.channels_last)
 POOL = {"pool_size": 3, "pool_stride": 2}
+# every dtype and every format in each run, all pairs in the long one
+KINDS = pytest.mark.parametrize(
+    ("dtype", "memory"),
+    [
+        pytest.param(torch.float32, torch.contiguous_format, id="float32-contiguous"),
+        pytest.param(torch.float16, torch.channels_last, id="float16-channels_last"),
+        pytest.param(torch.float32, torch.channels_last, id="float32-channels_last", marks=pytest.mark.slow),
+        pytest.param(torch.float16, torch.contiguous_format, id="float16-contiguous", marks=pytest.mark.slow),
+    ],
+)
 
 
 def tensors(n, c, h, w, k, r, s, dtype=torch.float32, device="cpu", memory=torch.contiguous_format, groups=1):
@@ -81,8 +91,7 @@ WINDOWS = [
 ]
 
 
-@pytest.mark.parametrize("memory", FORMATS, ids=("contiguous", "channels_last"))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@KINDS
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("case", WINDOWS, ids=str)
 def test_conv2d_relu(case, impl, dtype, memory):
@@ -99,8 +108,7 @@ POOLS = [
 ]
 
 
-@pytest.mark.parametrize("memory", FORMATS, ids=("contiguous", "channels_last"))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@KINDS
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("pool", POOLS, ids=lambda pool: "-".join(map(str, pool.values())))
 def test_conv2d_relu_max_pool2d(pool, impl, dtype, memory):

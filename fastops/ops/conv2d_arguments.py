@@ -70,11 +70,15 @@ def window(
     return Window(stride, padding, dilation, extra)
 
 
-def check_tensors(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> None:
-    """Types, ranks, devices, dtypes and channel counts."""
+def check_types(input: object, weight: object, bias: object) -> None:
+    """Tensors where tensors are due."""
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if not isinstance(tensor, torch.Tensor) and not (name == "bias" and tensor is None):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+
+
+def check_tensors(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> None:
+    """Ranks, devices, dtypes and channel counts."""
     if input.dim() not in (3, 4):
         raise RuntimeError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
     if weight.dim() != 4:

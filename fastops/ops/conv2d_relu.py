@@ -143,7 +143,9 @@ def _checked(
     groups: int,
     pool: tuple[Any, Any, Any] | None,
 ) -> Call:
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+    arguments.check_types(input, weight, bias)
+    # asking about autocast on a device without it (meta) raises
+    if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
         input, weight = _autocast(input), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     arguments.check_tensors(input, weight, bias, groups)
@@ -158,10 +160,9 @@ def _checked(
 
 def _autocast(tensor: Tensor) -> Tensor:
     """`tensor` as autocast hands it to conv2d: floating point but float64 is cast."""
-    kind = tensor.device.type
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _plain_cuda(*tensors: Tensor | None) -> bool:
