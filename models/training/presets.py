@@ -174,10 +174,10 @@ PRESETS: dict[tuple[str, str], dict[str, Preset]] = {
     },
     ("bert", "classify"): {
         "small": Preset(
-            epochs=8,
+            epochs=6,
             batch=32,
             optimizer="adam",
-            learning_rate=5e-4,
+            learning_rate=1e-3,
             clip=1.0,
             model={"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
             data={"vocabulary": 4000, "length": 96},
