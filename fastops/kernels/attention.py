@@ -21,6 +21,7 @@ from fastops.kernels.attention_backward import attention_delta_kernel, attention
 from fastops.kernels.attention_bias import attention_bias_kernel
 from fastops.kernels.attention_configs import Config, configuration
 from fastops.kernels.attention_forward import attention_forward_kernel
+from fastops.kernels.attention_rate import keep_probability, threshold_bits
 
 LOG2E = 1.4426950408889634
 PAD = 128  # rows of lse2 and delta are padded to a multiple of it, which every BLOCK_M divides
@@ -183,14 +184,6 @@ def source(x: Tensor, rows: int, tma: bool) -> list[Any]:
     return [TensorDescriptor(x, list(x.shape), [*strides, 1], block), 0, 0, 0]
 
 
-def threshold_bits(dropout_p: float) -> int:
-    """P 2^32 as the int32 of the same bits."""
-    from fastops.ops.attention_dropout import threshold
-
-    bits = threshold(dropout_p)
-    return bits - 2**32 if bits >= 2**31 else bits
-
-
 def like_rows(x: Tensor, sequence_first: bool) -> Tensor:
     """An output of the shape of x whose memory is (B, S, H, D), or (total, H, D)."""
     if sequence_first:
@@ -201,8 +194,6 @@ def like_rows(x: Tensor, sequence_first: bool) -> Tensor:
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Output and LSE: (B, H, Sq, D) and (B, H, Sq), packed (total, H, D) and (total, H)."""
-    from fastops.ops.attention_dropout import keep_probability
-
     p = Problem(*arguments)
     packed = p.cu_q is not None
     out = like_rows(p.query, packed)
@@ -252,8 +243,6 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, mask_grad: bool, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and (where asked for, else empty) of the float mask."""
-    from fastops.ops.attention_dropout import keep_probability
-
     p = Problem(*arguments)
     packed = p.cu_q is not None
     grad_out = unit_stride(grad_out)

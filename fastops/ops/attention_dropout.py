@@ -5,22 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastops.kernels.attention_rate import keep_probability, threshold
+
+__all__ = ["keep_mask", "keep_probability", "new_seed", "threshold"]
+
 WORD = 0xFFFFFFFF
 
 
 def new_seed(device: torch.device) -> Tensor:
     """64 random bits from torch's generator, as a tensor: nothing is read back, and CUDA graphs draw anew."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-
-
-def threshold(dropout_p: float) -> int:
-    """P 2^32, rounded; what is below it is dropped."""
-    return min(round(dropout_p * 2**32), WORD)
-
-
-def keep_probability(dropout_p: float) -> float:
-    """The probability that `threshold` really gives; 0 for p = 1."""
-    return 0.0 if dropout_p >= 1.0 else 1.0 - threshold(dropout_p) / 2**32
 
 
 def keep_mask(seed: Tensor, batch_heads: int, q_len: int, k_len: int, dropout_p: float) -> Tensor:
