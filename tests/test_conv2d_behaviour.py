@@ -268,6 +268,18 @@ def test_compiles_as_one_graph(impl, dynamic):
         torch.testing.assert_close(torch.autograd.grad(found.sum(), traced), torch.autograd.grad(expected.sum(), plain))
 
 
+def test_choice_by_the_table_compiles_as_one_graph(monkeypatch):
+    monkeypatch.setattr(op, "_plain_cuda", lambda *tensors: True)
+    chosen = []
+    monkeypatch.setattr(op, "TABLE", (tuning.Row("hybrid", "estimated", "", (("maps", {"min": 1}),)), *op.TABLE))
+    monkeypatch.setattr(op, "why_not", lambda *a, impl, real=op.why_not: chosen.append(impl) or real(*a, impl=impl))
+    tensors = inputs()
+    torch._dynamo.reset()
+    found = torch.compile(lambda *t: ours(*t, "auto", POOL), fullgraph=True, backend="aot_eager")(*tensors)
+    torch.testing.assert_close(found, stock(*tensors, POOL))
+    assert chosen == ["hybrid"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", ENGINES)
 def test_compiles_with_inductor(impl):
