@@ -21,6 +21,9 @@ FLOORS = {
     "nn": 3,
     "integrations": 4,
     "accelerate": 5,
+    "explain": 5,  # public names of fastops._accelerate
+    "restore": 5,
+    "accelerated": 5,
     "inspection": 6,
     "profiling": 6,
     "_env_cli": 6,

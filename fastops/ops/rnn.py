@@ -96,9 +96,12 @@ def why_not(
     return None
 
 
-@torch.compiler.assume_constant_result
 def _tf32_allowed() -> bool:
     return torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32"
+
+
+# what torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, and with it triton
+_tf32_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _forward_fake(
