@@ -134,8 +134,11 @@ CACHE = {
 
 def launches_for(timed: Timed, seconds: float) -> int:
     """How many launches fill a block of about this long."""
-    estimate = min(timed.block(1) for _ in range(3))
-    return max(1, math.ceil(seconds / max(estimate, 1e-7))) if estimate < seconds else 1
+    estimate = timed.block(1)
+    if estimate > 20 * seconds:  # even an interrupted first look says that one is plenty
+        return 1
+    estimate = min(estimate, timed.block(1), timed.block(1))
+    return max(1, math.ceil(seconds / max(estimate, 1e-7)))
 
 
 def l2_bytes() -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +22,7 @@ from bench.modes import Step
 RMS_FACTOR = 2.0
 MAX_FACTOR = 4.0
 RANDOM_FACTOR = 1.5  # dropout: how far the size of the random part may be from stock's
+NEGLIGIBLE = 1e-3  # of the largest output: what is smaller (a gradient that cancels to 0) is measured against that
 HOPELESS_RMS = 0.2  # an error of stock itself beyond this means that the truth is of something else
 LATE_CYCLES = 20_000_000  # about 10 ms: inputs arrive this late on the current stream
 
@@ -35,6 +36,7 @@ class Error:
     rms: float  # relative to the root mean square of the truth
     worst: float
     nans: int
+    squares: float = 0.0  # sum of squared differences
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Exam:
     randomised: bool = False
     relevant: Callable[[Outputs], Outputs] = lambda outputs: outputs
     stock: list[list[Error]] | None = None
+    _floors: dict[int, float] = field(default_factory=dict, repr=False)
 
     def grade(self, seed: int, outputs: Outputs, judge: bool = True) -> str | None:
         """What is wrong with these outputs, or None. Without `judge`, errors of any size pass."""
@@ -61,7 +64,7 @@ class Exam:
         for index, (ours, right) in enumerate(zip(outputs, truth, strict=True)):
             if ours.shape != right.shape:
                 return f"output {index} has shape {tuple(ours.shape)}, expected {tuple(right.shape)}"
-            error = distance(ours, right)
+            error = distance(ours, right, self.floor(seed))
             if error.nans:
                 return (
                     f"output {index}: {error.nans} of {ours.numel()} elements are NaN (never written, or garbage read)"
@@ -70,6 +73,13 @@ class Exam:
             if reason:
                 return f"seed {seed}, output {index}: {reason}"
         return None
+
+    def floor(self, seed: int) -> float:
+        """The size below which an output is negligible beside the others of a step."""
+        if seed not in self._floors:
+            truths = [x for x in self.truths[seed] if x.numel() > 1] or list(self.truths[seed])
+            self._floors[seed] = NEGLIGIBLE * max((root_mean_square(x) for x in truths), default=0.0)
+        return self._floors[seed]
 
     def _too_far(self, error: Error, index: int, seed: int, right: torch.Tensor) -> str | None:
         assert self.stock is not None, "no yardstick was set"
@@ -81,20 +91,29 @@ class Exam:
         allowed = RMS_FACTOR * stock.rms + eps
         if error.rms > allowed:
             return f"relative error {error.rms:.2g}, allowed {allowed:.2g} (twice stock's)"
-        allowed = MAX_FACTOR * (stock.worst + eps * float(right.abs().max())) if right.numel() else 0.0
+        largest = max(float(right.abs().max()), self.floor(seed)) if right.numel() else 0.0
+        allowed = MAX_FACTOR * (stock.worst + eps * largest)
         if error.worst > allowed:
             return f"largest error {error.worst:.2g}, allowed {allowed:.2g} (four times stock's)"
         return None
 
 
-def distance(ours: torch.Tensor, right: torch.Tensor) -> Error:
-    """How far an output is from the truth."""
+def distance(ours: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> Error:
+    """How far an output is from the truth, relative to the truth's root mean square or `floor`, if that is larger."""
     difference = ours.detach().to(torch.float64) - right
     nans = int((difference.isnan() & ~right.isnan()).sum())
     difference = difference.nan_to_num_(nan=0.0)
-    norm = float(torch.linalg.vector_norm(right))
-    rms = float(torch.linalg.vector_norm(difference)) / norm if norm else float(difference.abs().sum() > 0)
-    return Error(rms, float(difference.abs().max()) if difference.numel() else 0.0, nans)
+    if not difference.numel():
+        return Error(0.0, 0.0, nans)
+    scale = max(root_mean_square(right), floor)
+    error = root_mean_square(difference)
+    relative = error / scale if scale else float(error > 0)
+    return Error(relative, float(difference.abs().max()), nans, error**2 * difference.numel())
+
+
+def root_mean_square(x: torch.Tensor) -> float:
+    """Of all elements; 0 of none."""
+    return float(torch.linalg.vector_norm(x)) / x.numel() ** 0.5 if x.numel() else 0.0
 
 
 def set_yardstick(exam: Exam, tensors: Tensors, make_step: Callable[[], Step]) -> str | None:
@@ -105,9 +124,13 @@ def set_yardstick(exam: Exam, tensors: Tensors, make_step: Callable[[], Step]) -
         outputs = make_step()()
         reason = exam.grade(seed, outputs, judge=False)
         outputs = exam.relevant(outputs)
-        found = [distance(ours, right) for ours, right in zip(outputs, exam.truths[seed], strict=False)]
-        if reason is None and not exam.randomised and any(error.rms > HOPELESS_RMS for error in found):
-            reason = f"stock itself is {max(error.rms for error in found):.2g} off the float64 truth"
+        truth, floor = exam.truths[seed], exam.floor(seed)
+        found = [distance(ours, right, floor) for ours, right in zip(outputs, truth, strict=False)]
+        if reason is None and not exam.randomised:
+            whole = sum(root_mean_square(right) ** 2 * right.numel() for right in truth)
+            far = (sum(error.squares for error in found) / whole) ** 0.5 if whole else 0.0
+            if far > HOPELESS_RMS:
+                reason = f"stock itself is {far:.2g} off the float64 truth"
         if reason:
             return reason
         errors.append(found)

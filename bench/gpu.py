@@ -52,8 +52,8 @@ def stages(out: Path, suite: str = "full") -> list[Stage]:
     found = [Stage("tests", tuple(tests), 150.0, "tests.txt")]
     for name, ops, share in (
         ("conv", ("alexnet", "conv2d_relu", "conv2d_relu_max_pool2d"), 150.0),
-        ("attention", ("attention", "varlen_attention"), 110.0),
-        ("rnn", ("rnn",), 110.0),
+        ("attention", ("attention", "varlen_attention", "bert"), 110.0),
+        ("rnn", ("rnn", "lstm_model"), 110.0),
     ):
         arguments = ["-m", "bench", "run", "--suite", suite, "--quick", "--device", "cuda"]
         arguments += ["--json", str(out / f"{name}.json")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench import stats
 from bench.clocks import Timed
@@ -32,6 +32,11 @@ class Effort:
     min_rounds: int = 31
     max_rounds: int = 2000
     block_s: float = 1e-3
+
+    def within(self, seconds: float) -> Effort:
+        """The same, but done after about this long."""
+        budget = min(self.budget_s, seconds)
+        return replace(self, budget_s=budget, patience=max(1.0, min(self.patience, seconds / max(budget, 1e-9))))
 
 
 QUICK = Effort(budget_s=1.5, max_rounds=400, patience=1.5)

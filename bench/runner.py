@@ -49,8 +49,12 @@ def run_suite(
                 results.env["cut_off"] = f"time budget of {budget_s:.0f} s spent: {len(todo) - index} cases not run"
                 break
             results.start(case.id)
+            effort = options.effort
+            if deadline:
+                effort = effort.within((deadline - time.monotonic()) / (len(todo) - index))
             hooks = replace(
                 options,
+                effort=effort,
                 telemetry=telemetry,
                 on_stage=lambda what, name=case.id: progress.update(task, description=f"{name}: {what}"),
             )

@@ -11,6 +11,8 @@ TABLE = {
     "conv2d_relu": "bench.workloads.conv:CONV",
     "conv2d_relu_max_pool2d": "bench.workloads.conv:CONV_POOL",
     "alexnet": "bench.workloads.models:ALEXNET",
+    "bert": "bench.workloads.models:BERT",
+    "lstm_model": "bench.workloads.models:BYTE_LSTM",
     "attention": "bench.workloads.attention:ATTENTION",
     "varlen_attention": "bench.workloads.attention:VARLEN",
     "rnn": "bench.workloads.rnn:RNN",

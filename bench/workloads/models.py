@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.case import Arm, Built, Case, Tensors, control_of
-from bench.modes import bind
-from bench.workloads import common, conv
+from bench.case import Arm, Built, Case, Tensors, Unavailable, control_of
+from bench.modes import as_tuple, bind
+from bench.workloads import attention, common, conv
 
 
 class Model:
@@ -38,6 +38,10 @@ class Model:
         """Call the model."""
         found: Tensor = model(t["x"])
         return found
+
+    def loss_shape(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and labels as cross-entropy takes them."""
+        return logits, target
 
     def bytes(self, case: Case) -> float:
         """The weights once a pass: a lower bound, activations between layers are left out."""
@@ -113,7 +117,8 @@ class Model:
             logits = self.logits(call, t)
             if case.mode == "infer":
                 return logits
-            return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, t["target"])
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            return F.cross_entropy(*self.loss_shape(logits, t["target"]))
 
         return Built(forward, list(owner.parameters()), update)
 
@@ -167,3 +172,109 @@ class AlexNet(Model):
 
 
 ALEXNET = AlexNet()
+
+
+class Bert(Model):
+    """models.bert on padded batches. Shape keys: batch, length, fill; optional small: layers, width, heads."""
+
+    def make(self, case: Case) -> nn.Module:
+        """BERT-base, or the small one that the shape describes; no dropout anywhere."""
+        made = common.model("bert.BertClassifier")
+        try:
+            from transformers import BertConfig
+        except ImportError as error:
+            raise Unavailable(f"transformers is not installed ({error})") from error
+        sizes = _bert_sizes(case)
+        config = BertConfig(
+            num_hidden_layers=sizes["layers"],
+            hidden_size=sizes["width"],
+            intermediate_size=4 * sizes["width"],
+            num_attention_heads=sizes["heads"],
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        model: nn.Module = made(config=config)
+        return model
+
+    def inputs(self, case: Case, device: torch.device, seed: int) -> Tensors:
+        """Token ids, the mask a tokenizer gives, labels when training."""
+        s = case.shape
+        generator = torch.Generator(device=device).manual_seed(seed)
+        ids = torch.randint(1000, 30000, (s["batch"], s["length"]), generator=generator, device=device)
+        lengths = torch.tensor(attention.lengths_of(_as_attention(case)), device=device)
+        mask = (torch.arange(s["length"], device=device) < lengths[:, None]).long()
+        tensors = {"ids": ids * mask, "mask": mask}
+        if case.mode != "infer":
+            tensors["target"] = torch.randint(2, (s["batch"],), generator=generator, device=device)
+        return tensors
+
+    def logits(self, model: nn.Module, t: Tensors) -> Tensor:
+        """Call with the mask."""
+        found: Tensor = model(t["ids"], attention_mask=t["mask"])
+        return found
+
+    def algebra(self, case: Case) -> float:
+        """No algorithm needs fewer operations."""
+        return 1.0
+
+    def flops(self, case: Case) -> float:
+        """Linear layers and attention of real tokens."""
+        sizes, lengths = _bert_sizes(case), attention.lengths_of(_as_attention(case))
+        linear = 2.0 * 12 * sizes["width"] ** 2 * sum(lengths)
+        scores = 4.0 * sizes["width"] * sum(length**2 for length in lengths)
+        return sizes["layers"] * (linear * common.passes(case) + scores * common.passes(case, 2.5))
+
+
+def _bert_sizes(case: Case) -> dict[str, int]:
+    return {"layers": 12, "width": 768, "heads": 12} | {
+        key: case.shape[key] for key in ("layers", "width", "heads") if key in case.shape
+    }
+
+
+def _as_attention(case: Case) -> Case:
+    shape = {"batch": case.shape["batch"], "k_len": case.shape["length"], "fill": case.shape["fill"]}
+    return Case(case.op, case.name, case.dtype, case.mode, shape)
+
+
+class ByteLstm(Model):
+    """models.lstm's byte-level language model. Shape keys: batch, length, hidden, layers."""
+
+    engines = ("persistent", "step")
+
+    def make(self, case: Case) -> nn.Module:
+        """An LSTM between an embedding and a head."""
+        s = case.shape
+        made: nn.Module = common.model("lstm.ByteLanguageModel")(
+            embedding=s["hidden"], hidden=s["hidden"], layers=s["layers"]
+        )
+        return made
+
+    def inputs(self, case: Case, device: torch.device, seed: int) -> Tensors:
+        """Bytes, and the bytes after them when training."""
+        generator = torch.Generator(device=device).manual_seed(seed)
+        sizes = (case.shape["batch"], case.shape["length"])
+        names = ("tokens",) if case.mode == "infer" else ("tokens", "target")
+        return {name: torch.randint(256, sizes, generator=generator, device=device) for name in names}
+
+    def logits(self, model: nn.Module, t: Tensors) -> Tensor:
+        """One row of 256 for every byte."""
+        found: Tensor = as_tuple(model(t["tokens"]))[0]
+        return found
+
+    def loss_shape(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Every position is an example."""
+        return logits.flatten(0, 1), target.flatten()
+
+    def algebra(self, case: Case) -> float:
+        """No algorithm needs fewer operations."""
+        return 1.0
+
+    def flops(self, case: Case) -> float:
+        """Gates of every layer, and the head."""
+        s = case.shape
+        per_token = s["layers"] * 2.0 * 2 * s["hidden"] * 4 * s["hidden"] + 2.0 * s["hidden"] * 256
+        return per_token * s["batch"] * s["length"] * common.passes(case)
+
+
+BERT = Bert()
+BYTE_LSTM = ByteLstm()
