@@ -121,7 +121,9 @@ def kernel(x_ptr, B: tl.constexpr):
     i = tl.arange(0, B)
     tl.store(x_ptr + i, helper(tl.load(x_ptr + i)) * LIMIT)
 """
+    text = text.replace("LIMIT = ", "FLAG = tl.constexpr(True)\nLIMIT = ").replace("* LIMIT", "* LIMIT + FLAG")
     variants = [text, text.replace("x + 1", "x + 2"), text.replace("constexpr(4)", "constexpr(5)")]
+    variants += [text.replace("constexpr(True)", "constexpr(False)")]
     variants += [text.replace("tl.arange(0, B)", "tl.arange(0, B) + 1"), "\n\n# a comment\n" + text]
     digests = []
     for index, variant in enumerate(variants):
@@ -129,8 +131,27 @@ def kernel(x_ptr, B: tl.constexpr):
         path = tmp_path / f"m{index}" / "module_of_kernels.py"
         path.write_text(variant)
         digests.append(_source.digest(_import_file(path).kernel, {}))
-    assert len(set(digests)) == 4
-    assert digests[0] == digests[4]  # comments elsewhere do not count
+    assert len(set(digests)) == 5
+    assert digests[0] == digests[5]  # comments elsewhere do not count
+
+
+INTERPRETING = tl.constexpr(type(product_kernel).__name__ != "JITFunction")
+
+
+@triton.jit
+def asking_kernel(x_ptr):
+    if INTERPRETING:
+        tl.store(x_ptr, 1)
+    else:
+        tl.store(x_ptr, 2)
+
+
+def test_a_flag_that_asks_whether_it_is_interpreted_does_not_spoil_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTOPS_CACHE", str(tmp_path))
+    report = compile_case(StaticCase("t", asking_kernel, {"x_ptr": "*fp32"}, {}, num_warps=1), 80)
+    assert report.error is None
+    assert len(entries(tmp_path)) == 1
+    assert "1073741824" in report.ptx or "0x40000000" in report.ptx  # 2.0, the compiled branch
 
 
 def test_a_compiler_that_dies_takes_nothing_with_it(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -11,6 +12,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -115,14 +117,42 @@ def _collect(function: Any, found: dict[str, str]) -> None:
     scope = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
     for node in ast.walk(ast.parse(source)):
         value = _resolve(node, scope)
+        if type(value).__name__ == "constexpr":
+            value = value.value
         if is_kernel(value):
             called = function_of(value)
             if not called.__module__.startswith("triton."):  # its version stands for Triton's own library
                 _collect(called, found)
-        elif type(value).__name__ == "constexpr":
-            found[f"{name}:{ast.unparse(node)}"] = repr(value.value)
-        elif isinstance(value, bool | int | float | str | tuple):
+        elif isinstance(value, bool):
+            # a flag may say whether this process interprets, which the one that compiles never does: hash its source
+            if isinstance(node, ast.Attribute):
+                text = _definition(_resolve(node.value, scope).__name__, node.attr)
+            else:
+                text = _definition(function.__module__, ast.unparse(node))
+            found[f"{name}:{ast.unparse(node)}"] = text or repr(value)
+        elif isinstance(value, int | float | str | tuple):
             found[f"{name}:{ast.unparse(node)}"] = repr(value)
+
+
+def _definition(module: str, name: str) -> str | None:
+    """The statement that gives a global of a module its value, followed through `from other import name`."""
+    for statement in _statements(getattr(sys.modules.get(module), "__file__", None)):
+        if isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
+            origin = next((alias.name for alias in statement.names if (alias.asname or alias.name) == name), None)
+            if origin is not None:
+                return _definition(statement.module, origin)
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return ast.unparse(statement)
+    return None
+
+
+@functools.cache
+def _statements(file: str | None) -> tuple[ast.stmt, ...]:
+    try:
+        return tuple(ast.parse(Path(file).read_text(encoding="utf-8")).body) if file else ()
+    except (OSError, SyntaxError):
+        return ()
 
 
 def _resolve(node: ast.AST, scope: Mapping[str, Any]) -> Any:

@@ -231,6 +231,8 @@ def _gate(
     known = {} if arguments.update and not path.exists() else snapshot.read(place)
     changes = snapshot.compare(known, assessments, whole_library)
     for change in changes:
+        if arguments.update and change.before == snapshot.NO_BUDGET and "spills" not in str(change.after):
+            continue  # a new kernel is what --update is for
         mark = "[red]WORSE[/red]" if change.worse else "[green]better[/green]"
         console.print(f"{mark} ", end="")
         console.print(str(change), markup=False, highlight=False, soft_wrap=True)
@@ -238,7 +240,9 @@ def _gate(
     count = f"{len(assessments)} kernels x targets, Triton {triton_version()}, {path}"
     if arguments.update:
         snapshot.write(place, assessments, keep=not (whole_library and all_targets))
-        console.print(f"written: {count}: {len(changes)} figures changed, {worse} for the worse", markup=False)
+        new = sum(change.before == snapshot.NO_BUDGET for change in changes)
+        words = f"{new} new, {len(changes) - new} figures changed, {worse - new} for the worse"
+        console.print(f"written: {count}: {words}", markup=False, highlight=False)
         return 0
     if worse:
         console.print(

@@ -18,6 +18,7 @@ from fastops.inspection.assess import Assessment, first_line
 from fastops.inspection.compile import InspectionError, triton_version
 
 Budget = dict[str, Any]
+NO_BUDGET = "no budget"
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def compare(
         now = budget_of(assessment)
         before = kernels.get(name, {}).get(target)
         if before is None:
-            changes.append(Change(name, target, "is not in the snapshot,", "no budget", _summary(now)))
+            changes.append(Change(name, target, "is not in the snapshot,", NO_BUDGET, _summary(now)))
         else:
             changes.extend(_compare_one(name, target, before, now))
     if whole_library:
