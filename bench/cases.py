@@ -51,8 +51,7 @@ def select(suite: str, ops: Iterable[str] = (), words: Iterable[str] = ()) -> li
 
 def _table() -> Iterator[Case]:
     yield from _cpu()
-    yield from _alexnet_models()
-    yield from _alexnet_layers()
+    yield from _alexnet()
     yield from _attention()
     yield from _bert()
     yield from _rnn()
@@ -64,33 +63,28 @@ def _suites(*names: str) -> tuple[str, ...]:
     return (*names, "full")
 
 
-def _alexnet_models() -> Iterator[Case]:
-    for dtype, batch in (("fp16", 256), ("bf16", 256), ("fp32", 256), ("fp16", 64), ("bf16", 64), ("fp32", 64)):
-        for mode in ("infer", "train"):
-            suites = _suites("models", "quick") if (dtype, batch) == ("fp16", 256) else _suites("models")
-            shape = {"batch": batch, "side": 224, "classes": 1000}
-            yield Case("alexnet", f"alexnet b{batch}", dtype, mode, shape, suites)
+def _alexnet() -> Iterator[Case]:
+    """The whole network, then its layers, most useful dtype and batch first."""
+    for batch in (256, 64):
+        for dtype in ("fp16", "fp32", "bf16"):
+            for mode in ("infer", "train"):
+                first = (dtype, batch) == ("fp16", 256)
+                shape = {"batch": batch, "side": 224, "classes": 1000}
+                suites = _suites("models", "quick") if first else _suites("models")
+                yield Case("alexnet", f"alexnet b{batch}", dtype, mode, shape, suites)
+            for mode in ("infer", "train"):
+                for number, layer in enumerate(ALEXNET_LAYERS, 1):
+                    quick = (number, dtype, mode, batch) in QUICK_LAYERS
+                    suites = _suites("quick") if quick else ("full",)
+                    yield _layer(f"alexnet.conv{number} b{batch}", layer, dtype, mode, batch, suites)
 
 
-def _alexnet_layers() -> Iterator[Case]:
-    quick = {(1, "fp16", "infer", 256), (2, "fp16", "infer", 256), (3, "fp16", "infer", 256), (2, "fp16", "train", 256)}
-    for dtype, mode, batch in (
-        ("fp16", "infer", 256),
-        ("fp16", "train", 256),
-        ("bf16", "infer", 256),
-        ("fp32", "infer", 256),
-        ("fp16", "infer", 64),
-        ("bf16", "train", 256),
-        ("fp32", "train", 256),
-        ("fp16", "train", 64),
-        ("bf16", "infer", 64),
-        ("fp32", "infer", 64),
-        ("bf16", "train", 64),
-        ("fp32", "train", 64),
-    ):
-        for number, layer in enumerate(ALEXNET_LAYERS, 1):
-            suites = _suites("quick") if (number, dtype, mode, batch) in quick else ("full",)
-            yield _layer(f"alexnet.conv{number} b{batch}", layer, dtype, mode, batch, suites)
+QUICK_LAYERS = {
+    (1, "fp16", "infer", 256),
+    (2, "fp16", "infer", 256),
+    (3, "fp16", "infer", 256),
+    (2, "fp16", "train", 256),
+}
 
 
 def _layer(name: str, layer: tuple[Any, ...], dtype: str, mode: str, batch: int, suites: tuple[str, ...]) -> Case:

@@ -20,7 +20,7 @@ import torch
 from bench.modes import Step
 
 ROTATE_TIMES_L2 = 3
-MAX_SETS = 128
+MAX_SETS = 256
 L2_FALLBACK_BYTES = 64 * 2**20
 
 
@@ -152,6 +152,11 @@ def input_sets(bytes_per_set: float, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return min(MAX_SETS, max(1, math.ceil(ROTATE_TIMES_L2 * l2_bytes() / max(bytes_per_set, 1))))
+
+
+def is_cold(bytes_in_rotation: float, device: torch.device) -> bool:
+    """Whether a rotation over this much cannot stay in the cache."""
+    return device.type == "cuda" and bytes_in_rotation >= ROTATE_TIMES_L2 * l2_bytes()
 
 
 @contextlib.contextmanager

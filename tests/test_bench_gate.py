@@ -5,6 +5,7 @@ import torch
 
 from bench import gate, stats
 from bench.case import Case, Unavailable
+from bench.run import judge
 from tests import bench_workload as toy
 from tests.bench_workload import ours, run
 
@@ -138,6 +139,25 @@ def test_half_precision_gate_accepts_stock_and_refuses_sloppy():
     row = run(ours("honest", toy.honest()), ours("sloppy", lambda t: (t["x"] @ t["w"]) * 1.02), case=case)
     assert row["providers"]["honest"]["gate"] == "pass"
     assert row["providers"]["sloppy"]["verdict"] == stats.WRONG
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(2e-4, stats.IMPOSSIBLE), (1.4e-3, stats.FASTER)])
+def test_faster_than_the_machine_is_impossible(monkeypatch, seconds, verdict):
+    """An 8192 cubed product in fp16 takes an H100 at least 1.1 ms at its data-sheet peak."""
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    case = Case("toy", "toy", "fp16", "infer", {"size": 8192})
+    work = toy.Toy()
+    times = {"eager": ("stock", 1.6e-3), "again": ("control", 1.6e-3), "fastops": ("ours", seconds)}
+    row = {"flops": work.flops(case), "bytes": work.bytes(case), "cold_bytes": work.bytes(case), "clock": "cuda-graph"}
+    row["providers"] = {
+        name: {"role": role, "headline": role == "ours", "median_s": s, "samples_s": [s] * 40}
+        for name, (role, s) in times.items()
+    }
+    ceilings = {"source": "measured", "fp16": 720.0, "gbps": 3000.0}
+    options = toy.Options(torch.device("cuda"), toy.TINY, ceilings=ceilings)
+    judge(row, case, work, options)
+    assert row["verdict"] == verdict
+    assert (row["vs_best"] is None) == (verdict == stats.IMPOSSIBLE)
 
 
 @pytest.mark.gpu

@@ -35,7 +35,6 @@ def model(path: str) -> Any:
 def compiled(function: Callable[..., Any], device: torch.device, mode: str | None = None) -> Callable[..., Any]:
     """torch.compile for static shapes. Not on the CPU, where it would time Inductor's C++."""
     only_on_gpu(device, "torch.compile arms run on GPUs only")
-    torch._dynamo.reset()
     done: Callable[..., Any] = torch.compile(function, dynamic=False, mode=mode)
     return done
 
