@@ -112,7 +112,7 @@ POOLS = [
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("pool", POOLS, ids=lambda pool: "-".join(map(str, pool.values())))
 def test_conv2d_relu_max_pool2d(pool, impl, dtype, memory):
-    inputs = tensors(2, 3, 6, 7, 5, 3, 3, dtype=dtype, memory=memory)
+    inputs = tensors(2, 3, 5, 6, 5, 3, 3, dtype=dtype, memory=memory)
     check(inputs, {"stride": 1, "padding": 1}, pool, impl)
 
 
@@ -249,8 +249,9 @@ def test_convolution_gradients_by_triton(case, dtype, monkeypatch):
 
 
 def test_ties_and_dead_windows_take_the_gradient_where_torch_does():
-    for memory, pool, impl in itertools.product(FORMATS, POOLS, ENGINES):
-        x = torch.randint(-2, 3, (1, 3, 6, 5)).float().to(memory_format=memory)
+    cases = [(memory, pool, "hybrid") for memory in FORMATS for pool in POOLS]
+    for memory, pool, impl in (*cases, (FORMATS[1], POOLS[0], "triton")):
+        x = torch.randint(-2, 3, (1, 3, 5, 4)).float().to(memory_format=memory)
         w = torch.eye(3)[:, :, None, None]  # the maps are small integers: ties everywhere
         b = torch.tensor([0.0, 1.0, -2.0])
         grad = torch.randint(-4, 5, F.max_pool2d(x, *pool.values()).shape).float()
