@@ -45,6 +45,66 @@ def test_broadcast_batches_and_heads(impl):
         torch.testing.assert_close(sdpa(a, b, c, enable_gqa=True, impl=impl), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_keys_and_values_of_different_head_counts(impl):
+    q, k, v = trio(1, 6, grad=True)
+    k, v = k.detach()[:, :2].requires_grad_(), v.detach()[:, :3].requires_grad_()
+    results = []
+    for f, options in ((sdpa, {"impl": impl}), (F.scaled_dot_product_attention, {})):
+        out = f(q, k, v, enable_gqa=True, **options)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_masks_of_fewer_dimensions_than_the_batch(impl):
+    q, k, v = trio(2, 3, 2)
+    for mask in (torch.rand(3, 1, 5, 7) > 0.3, torch.rand(2, 1, 1, 5, 7) > 0.3, torch.randn(3, 2, 1, 7)):
+        want = F.scaled_dot_product_attention(q, k, v, mask)
+        torch.testing.assert_close(sdpa(q, k, v, mask, impl=impl), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_numbers_in_the_forms_torch_takes(impl):
+    q, k, v = trio(2, 2)
+    for scale in (True, torch.tensor(0.5)):
+        want = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        torch.testing.assert_close(sdpa(q, k, v, scale=scale, impl=impl), want, rtol=1e-4, atol=1e-5)
+    assert (sdpa(q, k, v, dropout_p=True, impl=impl) == 0).all()
+    bias = torch.randn(7, requires_grad=True)  # torch refuses one dimension where nothing is to be differentiated
+    want = F.scaled_dot_product_attention(q, k, v, bias)
+    torch.testing.assert_close(sdpa(q, k, v, bias, impl=impl), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_lengths_out_of_range_are_cut(impl):
+    q, k, v = trio(4, 1, Sq=7, grad=True)
+    wild, tame = torch.tensor([2**40, -(2**40), 2**31, -3]), torch.tensor([7, 0, 7, 0])
+    results = []
+    for n in (wild, tame):
+        out = sdpa(q, k, v, key_lengths=n, query_lengths=n, impl=impl)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_lengths_where_tensors_broadcast_or_have_no_heads(impl):
+    q, k, v = trio(3, 2)
+    n = torch.tensor([7, 0, 2])
+    torch.testing.assert_close(
+        sdpa(q[:1], k, v[:, :1], key_lengths=n, impl=impl),
+        sdpa(q[:1].expand_as(q), k, v[:, :1].expand_as(v), key_lengths=n, impl="torch"),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    out, lse = sdpa(*(x[0, 0] for x in (q, k, v)), key_lengths=torch.tensor(4), return_lse=True, impl=impl)
+    assert out.shape == (5, 16)
+    assert lse.shape == (5,)
+    want = F.scaled_dot_product_attention(q[0, 0], k[0, 0, :4], v[0, 0, :4])
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+
+
 def test_two_dimensional_lengths_follow_the_leading_dimensions():
     q, k, v = trio(2, 3, 2)
     lengths = torch.randint(0, 8, (2, 3))
@@ -84,6 +144,10 @@ SAME_ERROR = {
     "scale": lambda f: f(*trio(2, 3), scale="x"),
     "device": lambda f: f(torch.zeros(2, 8), torch.zeros(2, 8, device="meta"), torch.zeros(2, 8)),
     "integers": lambda f: f(*(x.int() for x in trio(2, 3))),
+    "complex": lambda f: f(*(x.to(torch.complex64) for x in trio(2, 3))),
+    "gqa without heads": lambda f: f(*trio(), enable_gqa=True),
+    "scale of many": lambda f: f(*trio(2, 3), scale=torch.ones(2)),
+    "nan dropout": lambda f: f(*trio(2, 3), dropout_p=math.nan),
 }
 
 
@@ -107,6 +171,8 @@ def test_errors_have_the_type_of_torch(name):
         ({"window": 3}, TypeError, "window"),
         ({"window": (-2, 0)}, ValueError, "window"),
         ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"softcap": math.inf}, ValueError, "softcap"),
+        ({"softcap": math.nan}, ValueError, "softcap"),
         ({"alibi_slopes": torch.zeros(4)}, RuntimeError, "alibi_slopes must have shape"),
         ({"impl": "cuda"}, ValueError, "impl must be one of"),
     ],
@@ -151,7 +217,7 @@ def test_compile_in_one_graph(impl, dynamic):
         return (a + sdpa(q, k, v, mask, window=(3, 1), softcap=4.0, impl=impl)).pow(2).sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for Sq in (5, 6):
+    for Sq in (5, 6) if dynamic else (5,):
         q, k, v = trio(2, 2, Sq=Sq, grad=True)
         given = (q, k, v, torch.tensor([7, 2]), torch.randn(2, 1, Sq, 7, requires_grad=True))
         wanted = (q, k, v, given[4])
@@ -186,7 +252,22 @@ def arguments(mask=None, p=0.0, packed=False):
     return (q, k, v, mask, torch.tensor([7, 2]), None, None, None, None, seed, 5, 7, 0.25, -1, -1, 0.0, p)
 
 
-@pytest.mark.parametrize("case", [{}, {"mask": torch.zeros(1, 2, 5, 7)}, {"p": 0.3}, {"packed": True}], ids=str)
+OPCHECKS = {
+    "mask and dropout": {"mask": torch.zeros(1, 2, 5, 7), "p": 0.3},
+    "packed": {"packed": True},
+    "plain": {},
+    "mask": {"mask": torch.zeros(1, 2, 5, 7)},
+    "dropout": {"p": 0.3},
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * (i > 1))
+        for i, (name, case) in enumerate(OPCHECKS.items())
+    ],
+)
 def test_opcheck(case):
     given = arguments(**case)
     torch.library.opcheck(forward_op, given)

@@ -41,21 +41,30 @@ TWO_BLOCKS = [name for name in LIMITS if name.startswith("forward[64")]  # 2 blo
 STACK = {"dkdv[128,fp16,causal,descriptors]": 72}  # bytes allowed, zero elsewhere
 
 
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if "[128" in name else name for name in LIMITS]
+FAST = {
+    "forward[64,fp16,lengths,descriptors]",
+    "forward[64,fp16,lengths,dropout,descriptors]",
+    "dq[64,fp16,lengths,descriptors]",
+    "dkdv[64,fp16,lengths,descriptors]",
+}
+
+
+def parameters(names):
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @functools.cache
-def compiled(head_dim):
-    """The reports of one head dim, from one pool of compilers."""
-    names = [name for name in LIMITS if f"[{head_dim}," in name]
+def compiled(fast):
+    """The reports of the fast or of all other tests, from one pool of compilers."""
+    names = [name for name in LIMITS if (name in FAST) == fast]
     return dict(zip(names, compile_cases([CASES[name] for name in names], [90]), strict=True))
 
 
 def report_of(name):
-    return compiled("128" if "[128," in name else "64")[name]
+    return compiled(name in FAST)[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", parameters(LIMITS))
 def test_main_loop(name):
     report = report_of(name)
     assert report.error is None
@@ -68,7 +77,7 @@ def test_main_loop(name):
     assert executed / report.work_per_thread <= LIMITS[name] + slack
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", parameters(LIMITS))
 def test_nothing_spills(name):
     report = report_of(name)
     allowed = STACK.get(name, 0)
@@ -77,7 +86,7 @@ def test_nothing_spills(name):
         assert report.local_loads == report.local_stores == 0
 
 
-@pytest.mark.parametrize("name", TWO_BLOCKS)
+@pytest.mark.parametrize("name", parameters(TWO_BLOCKS))
 def test_two_blocks_fit_on_a_multiprocessor(name):
     report = report_of(name)
     assert report.registers <= (232 if "dropout" in name else 216)

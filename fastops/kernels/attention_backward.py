@@ -134,7 +134,7 @@ def attention_dkdv_kernel(
     if HAS_LENGTHS:
         # read again (volatile: not merged with the first) rather than kept: one register less through the loop
         again = tl.load(key_lengths_ptr + tl.program_id(0) // tiles_n // (H // GROUP), volatile=True)
-        k_len = tl.maximum(tl.minimum(again.to(tl.int32), Sk), 0)
+        k_len = tl.maximum(tl.minimum(again, Sk), 0).to(tl.int32)
         row_end = Sk
     # rows of dead keys hold anything (their scores are not in the LSE): select, do not multiply
     live = start_n + tl.arange(0, BLOCK_N)[:, None] < k_len

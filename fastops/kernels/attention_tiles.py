@@ -32,9 +32,10 @@ def sequence(
         k_len = tl.minimum((tl.load(cu_k_ptr + batch + 1) - k_first).to(tl.int32), Sk)
         shift = k_len - q_len
     if HAS_LENGTHS:
-        k_len = tl.maximum(tl.minimum(tl.load(key_lengths_ptr + batch).to(tl.int32), Sk), 0)
+        # 64-bit lengths are cut before they are narrowed
+        k_len = tl.maximum(tl.minimum(tl.load(key_lengths_ptr + batch), Sk), 0).to(tl.int32)
     if HAS_QUERY_LENGTHS:
-        q_len = tl.maximum(tl.minimum(tl.load(query_lengths_ptr + batch).to(tl.int32), Sq), 0)
+        q_len = tl.maximum(tl.minimum(tl.load(query_lengths_ptr + batch), Sq), 0).to(tl.int32)
     return q_first, k_first, q_len, k_len, shift
 
 

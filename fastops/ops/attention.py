@@ -84,7 +84,7 @@ def scaled_dot_product_attention(
     tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "key_lengths": key_lengths}
     tensors |= {"query_lengths": query_lengths, "alibi_slopes": alibi_slopes}
     checks.check_tensors(name, tensors, ("attn_mask", "key_lengths", "query_lengths", "alibi_slopes"))
-    checks.check_numbers(name, dropout_p, scale, softcap)
+    dropout_p, scale, softcap = checks.check_numbers(name, dropout_p, scale, softcap)
     if query.is_nested:
         extras = (key_lengths, query_lengths, window, alibi_slopes)
         if any(x is not None for x in extras) or softcap or return_lse or impl == "triton":
@@ -112,6 +112,8 @@ def scaled_dot_product_attention(
             enable_gqa=enable_gqa,
             return_lse=return_lse,
         )
+        if query.dim() == key.dim() == value.dim() == 2:
+            out, lse = out.reshape(out.shape[-2:]), None if lse is None else lse.reshape(-1)
         return (out, lse) if return_lse else out
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     shape = (*batch, _heads(query, key, value), *query.shape[-2:])
@@ -185,7 +187,7 @@ def varlen_attention(
     name = "varlen_attention"
     tensors = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     checks.check_tensors(name, tensors | {"alibi_slopes": alibi_slopes}, ("alibi_slopes",))
-    checks.check_numbers(name, dropout_p, scale, softcap)
+    dropout_p, scale, softcap = checks.check_numbers(name, dropout_p, scale, softcap)
     left, right = checks.bounds(window, is_causal)
     query, key, value, _ = _autocast(query, key, value, None)
     checks.check_packed(query, key, value, cu_seqlens_q, cu_seqlens_k)
@@ -348,7 +350,8 @@ def _four_dimensional(
     """(B, H, S, D) of each, without a copy where one leading dimension is all there is."""
     heads = _heads(query, key, value)
     kv_heads = max(x.shape[-3] if x.dim() > 2 else 1 for x in (key, value))
-    if not enable_gqa and kv_heads != heads and kv_heads != 1:
+    groups = {x.shape[-3] for x in (key, value) if x.dim() > 2 and x.shape[-3] != 1}
+    if (not enable_gqa and kv_heads not in (1, heads)) or len(groups) > 1:
         kv_heads = heads
 
     def flat(x: Tensor, wanted: int) -> Tensor:
@@ -372,7 +375,7 @@ def _mask_of(attn_mask: Tensor | None, batch: tuple[int, ...]) -> Tensor | None:
     """The mask with four dimensions, those it broadcasts over kept at 1."""
     if attn_mask is None:
         return None
-    while attn_mask.dim() < 4:
+    while attn_mask.dim() < max(4, len(batch) + 3):
         attn_mask = attn_mask[None]
     if attn_mask.dim() > 4:
         if all(size == 1 for size in attn_mask.shape[:-3]):

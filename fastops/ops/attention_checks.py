@@ -20,17 +20,23 @@ def check_tensors(function: str, tensors: dict[str, Any], optional: tuple[str, .
             raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(tensor).__name__}")
 
 
-def check_numbers(function: str, dropout_p: Any, scale: Any, softcap: Any) -> None:
-    """Types and ranges of the scalar arguments."""
+def check_numbers(function: str, dropout_p: Any, scale: Any, softcap: Any) -> tuple[Any, Any, Any]:
+    """The scalar arguments, of right type and range; as in torch a bool or a tensor of no dimensions is a number."""
+    found = []
     for name, value in (("dropout_p", dropout_p), ("scale", scale), ("softcap", softcap)):
-        if value is None and name == "scale":
-            continue
-        if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) or isinstance(value, bool):
+        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad):
+            value = float(value)
+        if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not (
+            value is None and name == "scale"
+        ):
             raise TypeError(f"{function}(): argument '{name}' must be float, not {type(value).__name__}")
+        found.append(value)
+    dropout_p, scale, softcap = found
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got dropout_p = {dropout_p}")
-    if softcap < 0.0:
-        raise ValueError(f"softcap has to be positive, or 0 for none, but got {softcap}")
+    if not 0.0 <= softcap < float("inf"):
+        raise ValueError(f"softcap has to be positive and finite, or 0 for none, but got {softcap}")
+    return dropout_p, scale, softcap
 
 
 def bounds(window: Any, is_causal: bool) -> tuple[int, int]:
@@ -64,7 +70,8 @@ def check_trio(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:
             f"query.dtype: {query.dtype} key.dtype: {key.dtype} and value.dtype: {value.dtype} instead."
         )
     if not query.dtype.is_floating_point:
-        raise RuntimeError(f"expected a floating point dtype for query, key and value, got {query.dtype}")
+        error = NotImplementedError if query.dtype.is_complex else RuntimeError
+        raise error(f"expected a floating point dtype for query, key and value, got {query.dtype}")
     if packed:
         if not query.dim() == key.dim() == value.dim() == 3:
             raise RuntimeError(
@@ -97,7 +104,7 @@ def check_dense(
     shapes = _three(query, key, value)
     if enable_gqa:
         if min(query.dim(), key.dim(), value.dim()) < 3:
-            raise RuntimeError(f"enable_gqa needs query, key and value with heads (..., H, S, D), but got {shapes}")
+            raise IndexError(f"enable_gqa needs query, key and value with heads (..., H, S, D), but got {shapes}")
         heads = query.shape[-3]
         for name, tensor in (("key", key), ("value", value)):
             if tensor.shape[-3] == 0 or heads % tensor.shape[-3]:
@@ -123,7 +130,8 @@ def check_dense(
                 f"attn_mask.dtype: {attn_mask.dtype} and query.dtype: {query.dtype} instead."
             )
         _same_device(attn_mask, "attn_mask", query)
-        if attn_mask.dim() < 2:
+        if attn_mask.dim() < 2 and not (attn_mask.requires_grad and torch.is_grad_enabled()):
+            # torch takes fewer where it must differentiate by the mask
             raise IndexError(f"attn_mask needs at least 2 dimensions (Sq, Sk), but got shape {tuple(attn_mask.shape)}")
         scores = (
             *batch,

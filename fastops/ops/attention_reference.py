@@ -215,15 +215,17 @@ def _sliced(
     alibi_slopes: Tensor | None,
     enable_gqa: bool,
 ) -> Tensor | None:
-    """One call per run of equal lengths, on the keys and queries that exist; None where there is none at all."""
+    """One call per run of equal lengths, on the keys and queries that exist; None where that does not apply."""
     batch, _, q_len, _ = query.shape
     k_len = key.shape[-2]
+    if key.shape[:1] != query.shape[:1] or value.shape[:1] != query.shape[:1]:
+        return None
 
     def sizes(lengths: Tensor | None, full: int) -> list[int]:
         return [full] * batch if lengths is None else lengths.clamp(0, full).tolist()
 
     pairs = list(zip(sizes(query_lengths, q_len), sizes(key_lengths, k_len), strict=True))
-    if key.shape[0] != batch or value.shape[0] != batch or not any(a and b for a, b in pairs):
+    if not any(a and b for a, b in pairs):
         return None
     if attn_mask is not None:
         while attn_mask.dim() < 4:
