@@ -11,6 +11,7 @@ import fastops
 from fastops.profiling import work
 from fastops.profiling.advice import Replacement, advise
 from fastops.profiling.attribute import ACCUMULATION, OPTIMIZER
+from fastops.profiling.ceilings import Ceilings
 from fastops.profiling.paired import from_pairs
 from fastops.profiling.summary import short_name, summarise
 from fastops.profiling.trace import MODULE_RANGE, STEP_MARK, parse
@@ -224,6 +225,179 @@ def test_files(trained, tmp_path):
     trained.trace(tmp_path / "t.json.gz")
     with gzip.open(tmp_path / "t.json.gz", "rt") as file:
         assert json.load(file)["traceEvents"]
+
+
+def test_operator_times_are_those_of_the_profiler_itself(monkeypatch):
+    """Between the first and the last step mark lies all that was recorded."""
+    made = []
+
+    class Kept(torch.profiler.profile):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(torch.profiler, "profile", Kept)
+    with fastops.profile(Net(), warmup=1, steps=3) as p:
+        train(p.recorder.ranges.roots[0], 5)
+    ranges = (MODULE_RANGE, "fastops ", "Optimizer.")
+    theirs = sum(row.self_cpu_time_total for row in made[0].key_averages() if not row.key.startswith(ranges))
+    ours = 3e3 * sum(row.total_ms for row in p.kernels())
+    assert ours == pytest.approx(theirs, rel=0.01)
+
+
+@pytest.mark.gpu
+def test_kernel_times_are_those_of_the_profiler_itself(monkeypatch, device):
+    made = []
+
+    class Kept(torch.profiler.profile):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(torch.profiler, "profile", Kept)
+    model = Net().to(device)
+    with fastops.profile(model, warmup=2, steps=3) as p:
+        train(model, 6, torch.randn(64, 3, 64, 64, device=device))
+    on_gpu = [event for event in made[-1].events() if event.device_type == torch._C._autograd.DeviceType.CUDA]
+    theirs = sum(event.time_range.elapsed_us() for event in on_gpu if not event.is_user_annotation)
+    assert p.summary.step.source == "kernels"
+    assert 3e3 * sum(row.total_ms for row in p.kernels()) == pytest.approx(theirs, rel=0.01)
+    assert 3e3 * sum(row.own_ms for row in p.modules()) == pytest.approx(theirs, rel=0.01)
+    assert p.summary.step.attributed_percent > 90
+
+
+@pytest.mark.gpu
+def test_event_times_agree_with_kernel_times(monkeypatch, device):
+    """Long kernels leave no pauses, so the fallback must find nearly the same."""
+    model = torch.nn.Sequential(nn.Conv2d(64, 256, 3), nn.ReLU(inplace=True), nn.Conv2d(256, 64, 3)).to(device)
+    x = torch.randn(64, 64, 96, 96, device=device)
+    with fastops.profile(model, warmup=3, steps=3) as p:
+        train(model, 6, x)
+    monkeypatch.setattr("fastops.profiling.capture.captures_kernels", lambda: False)
+    with fastops.profile(model, warmup=3, steps=3) as q:
+        train(model, 6, x)
+    kernels, events = rows_of(p), rows_of(q)
+    assert q.summary.step.source == "kernels"  # this GPU's kernels are there after all
+    spent = q.recorder._clock.times(True)
+    for path in ("Sequential.0", "Sequential.2"):
+        assert spent[path, False] / 3 == pytest.approx(kernels[path].forward_ms, rel=0.2)
+        assert spent[path, True] / 3 == pytest.approx(events[path].backward_ms, rel=0.2)
+
+
+def test_modules_are_timed_by_marks_where_no_kernel_can_be_captured():
+    from fastops.profiling.capture import Recorder
+    from fastops.profiling.clock import host_clock
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3))
+    recorder = Recorder(model, warmup=1, steps=3)
+    recorder._clock = recorder.ranges.clock = host_clock()
+    with recorder:
+        train(model, 5, torch.randn(4, 3, 48, 48))
+    summary = recorder.summary()
+    rows = {row.path: row for row in summary.modules}
+    assert summary.step.source == "events"
+    assert "no kernel was captured" in summary.step.verdict
+    for path in ("Sequential.0", "Sequential.1", "Sequential.2"):
+        assert rows[path].forward_ms > 0, path
+        assert rows[path].backward_ms > 0, path
+    assert rows["Sequential.2"].backward_ms > rows["Sequential.1"].backward_ms
+    assert sum(row.own_ms for row in rows.values()) == pytest.approx(summary.step.wall_ms, rel=0.02)
+
+
+def alexnet():
+    from models.alexnet import AlexNet
+
+    return AlexNet(10), (torch.randn(1, 3, 159, 159),)
+
+
+def lstm():
+    from models.lstm import SequenceClassifier
+
+    return SequenceClassifier(100, 10, hidden=64), (torch.randint(0, 100, (4, 24)),)
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    from models.bert import BertClassifier
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = transformers.BertConfig(vocab_size=300, **sizes)
+    return BertClassifier(10, config), (torch.randint(0, 300, (2, 24)), torch.ones(2, 24, dtype=torch.long))
+
+
+@pytest.mark.parametrize("make", [alexnet, lstm, bert])
+def test_over_95_percent_of_training_has_an_owner(make):
+    model, inputs = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with fastops.profile(model, warmup=1, steps=2) as p:
+        for _ in range(3):
+            logits = model(*inputs)
+            nn.functional.cross_entropy(logits, torch.arange(len(logits))).backward()
+            optimizer.step()
+    assert p.summary.step.attributed_percent > 95
+    assert sum(row.own_ms for row in p.modules()) == pytest.approx(p.summary.step.wall_ms, rel=0.02)
+
+
+def ceilings(**options):
+    tflops = {"fp16": 400.0, "bf16": 400.0, "tf32": 100.0, "fp32": 20.0}
+    return Ceilings("A GPU", "data sheet", tflops, 1000.0, **options)
+
+
+def test_percent_of_the_ceiling_and_what_binds():
+    trace = gpu_trace()
+    products = {"Input Dims": [[500, 1000], [1000, 200]], "Input type": ["float", "float"]}
+    products["Concrete Inputs"] = ["", ""]
+    for step in range(2):
+        at = 32 + 1000 * step  # inside the convolution
+        trace.append(event("cpu_op", "aten::mm", at, 5, **products))
+    summary = summarise(parse(trace), KINDS, [], ceilings())
+    rows = {row.path: row for row in summary.modules}
+    flops, moved = 2 * 500 * 1000 * 200, 4 * (500 * 1000 + 1000 * 200 + 500 * 1000)
+    assert rows["Net.conv"].compute_ms == pytest.approx(flops / 20e12 * 1e3)
+    assert rows["Net.conv"].memory_ms == pytest.approx(moved / 1e12 * 1e3)
+    assert rows["Net.conv"].ceiling_percent == pytest.approx(100 * 0.01 / 0.33)
+    assert rows["Net"].floor_ms == rows["Net.conv"].floor_ms
+    assert rows["Net.conv"].bound_by == "neither"
+    assert rows["Net.relu"].ceiling_percent is None
+    assert summary.step.ceilings == "A GPU, data sheet"
+    from io import StringIO
+
+    from rich.console import Console
+
+    from fastops.profiling.table import screen
+
+    console = Console(file=StringIO(), width=200)
+    console.print(screen(summary, []))
+    assert "% of ceiling" in console.file.getvalue()
+    assert "A GPU, data sheet" in console.file.getvalue()
+
+
+def test_rounding_to_tf32_raises_the_ceiling_of_what_may_round():
+    plain, rounding = ceilings(tf32_convolutions=False), ceilings(tf32_products=True)
+    assert plain.compute_ms(1e9, "aten::convolution", "fp32") == pytest.approx(0.05)
+    assert rounding.compute_ms(1e9, "aten::convolution", "fp32") == pytest.approx(0.01)
+    assert rounding.compute_ms(1e9, "aten::mm", "fp32") == pytest.approx(0.01)
+    assert rounding.compute_ms(1e9, "aten::mm", "fp64") == 0
+
+
+def test_ceilings_measured_by_the_benchmark_come_before_the_data_sheet(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from bench import ceilings as measured
+    from fastops.profiling import ceilings as read
+
+    gpu = SimpleNamespace(name="NVIDIA GeForce RTX 3090", uuid="0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: gpu.name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: gpu)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert read.load().source == "data sheet"
+    assert read.load().gbytes_per_second == 936
+    found = {"source": "measured", "fp16": 1.0, "bf16": 2.0, "tf32": 3.0, "fp32": 4.0, "gbps": 5.0}
+    measured.store(measured.cache_path(torch.device("cuda")), found)
+    assert read.load().source == "measured"
+    assert read.load().tflops["tf32"] == 3.0
 
 
 # ---- a GPU trace written by hand: two steps of conv + relu, forward and backward, 20 us apart

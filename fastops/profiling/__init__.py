@@ -24,25 +24,34 @@ if TYPE_CHECKING:
 class profile:
     """Context manager that records what runs inside and says where the time went.
 
-    Steps are found by themselves: one ends when an optimizer has stepped, or, without one, when the next forward of
-    the model begins or an inference forward ends. `mark()` ends one by hand. The model is left as it was.
+    Steps are found by themselves: one ends when the optimizers have stepped, each at least once, or, without one, when
+    the next forward of the model begins or an inference forward ends. After a first `mark()` only that ends steps. The
+    model is left as it was. A profile is used once.
 
     Args:
         model: names the modules; without it, every outermost module called inside is a root.
         warmup: steps that run before recording begins.
-        steps: steps to record; None records all.
+        steps: steps to record; None records until the end, 200 at most.
+        script: count inference beside a living optimizer as validation, part of the training step it precedes.
 
     Raises:
         ValueError: a negative warmup or no steps.
         RuntimeError: from the report methods, when not one whole step was recorded.
     """
 
-    def __init__(self, model: torch.nn.Module | None = None, *, warmup: int = 0, steps: int | None = None):
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        *,
+        warmup: int = 0,
+        steps: int | None = None,
+        script: bool = False,
+    ):
         from fastops.profiling.capture import Recorder
 
         if model is not None and not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.recorder: Recorder = Recorder(model, warmup=warmup, steps=steps)
+        self.recorder: Recorder = Recorder(model, warmup=warmup, steps=steps, script=script)
         self.applied: Comparison | None = None
         self._summary: Summary | None = None
         self._advice: list[Advice] | None = None
@@ -81,22 +90,26 @@ class profile:
             from fastops.profiling.advice import advise, replacements_of
 
             ranges = self.recorder.ranges
-            names = [path for path in ranges.kinds if "." not in path]
             replacements = [
-                r for name, root in zip(names, ranges.roots, strict=False) for r in replacements_of(root, name)
+                found
+                for name, root in zip(ranges.root_names, ranges.roots, strict=True)
+                for found in replacements_of(root, name)
             ]
             self._advice = advise(self.summary, replacements)
+        if self.applied is not None:
+            for card in self._advice:
+                if card.accelerates:
+                    card.measured = str(self.applied)
         return self._advice
 
     def overhead_percent(self) -> float | None:
-        """How much longer the recorded steps were than warm ones outside the recording; None where none are known."""
+        """How much longer the recorded steps were than those after the recording; None where none are known."""
         import statistics
 
         recorder = self.recorder
-        first = recorder.warmup
-        inside = recorder.step_walls[first : first + recorder.recorded]
-        outside = recorder.step_walls[1:first] + recorder.step_walls[first + recorder.recorded + 1 :]
-        if not inside or not outside:
+        inside = recorder.profiled_walls
+        outside = recorder.step_walls[recorder.warmup + len(inside) + 1 :]  # warm-up steps are slow for other reasons
+        if not inside or len(outside) < 2:
             return None
         return 100 * (statistics.median(inside) / statistics.median(outside) - 1)
 
@@ -117,10 +130,11 @@ class profile:
         from fastops.profiling.table import screen
 
         overhead = self.overhead_percent()
+        if console is None:
+            console = Console()
+            if not console.is_terminal:
+                console.width = max(console.width, 160)  # a file has no edge to fold at
         parts = screen(self.summary, self.advice(), top=top, overhead_percent=overhead, applied=self.applied)
-        console = console or Console()
-        if not console.is_terminal:
-            console.width = max(console.width, 140)  # a file has no edge to fold at
         console.print(parts)
 
     def html(self, path: str | Path, title: str | None = None) -> None:
@@ -128,10 +142,11 @@ class profile:
         from fastops import _env
         from fastops.profiling.html import page
 
-        names = ", ".join(self.recorder.ranges.kinds[path] for path in self.recorder.ranges.kinds if "." not in path)
+        ranges = self.recorder.ranges
+        names = ", ".join(dict.fromkeys(ranges.root_names[:4])) or "operators"
         applied = None if self.applied is None else str(self.applied)
         text = page(title or f"Profile of {names}", self.summary, self.advice(), _env.report(), applied)
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8", errors="replace")
 
     def json(self, path: str | Path) -> None:
         """Write all figures as JSON."""
@@ -148,14 +163,16 @@ class profile:
     def trace(self, path: str | Path) -> None:
         """Write the trace for Perfetto; a name that ends in .gz is compressed."""
         import gzip
-        import shutil
+        import json
+
+        from fastops.profiling.trace import load
 
         source = self.recorder.trace_path
         if source is None:
             raise RuntimeError("nothing was profiled, there is no trace")
         opener: Any = gzip.open if str(path).endswith(".gz") else open
-        with open(source, "rb") as reader, opener(path, "wb") as writer:
-            shutil.copyfileobj(reader, writer)
+        with opener(path, "wt", encoding="utf-8") as writer:
+            json.dump(load(source), writer)
 
 
 __all__ = ["profile"]

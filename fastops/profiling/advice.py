@@ -28,12 +28,15 @@ class Advice:
     saved_ms: float | None = None  # per step; None where only a measurement can tell
     modules: list[str] = field(default_factory=list)
     accelerates: bool = False  # whether `--apply` does it
+    measured: str | None = None  # what `--apply` found, in place of the prediction
 
     def saving(self, wall_ms: float) -> str:
         """The saving in words, as a share of the step."""
+        if self.measured:
+            return f"measured, whole step: {self.measured}"
         if self.saved_ms is None:
             return "measure it: --apply" if self.accelerates else "unknown"
-        return f"up to {self.saved_ms:.3f} ms ({100 * self.saved_ms / wall_ms:.0f} %) per step"
+        return f"up to {self.saved_ms:.3f} ms ({100 * self.saved_ms / (wall_ms or 1.0):.0f} %) per step"
 
 
 @dataclass(frozen=True)

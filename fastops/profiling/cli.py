@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastops.profiling import profile
 
 EXAMPLES = """examples:
   fastops profile train.py --epochs 1
   fastops profile --steps 10 --html report.html train.py
+  fastops profile -m models.train lstm --epochs 1
   fastops profile --model models.alexnet:AlexNet --input 64x3x224x224 --train --apply
 """
 
@@ -38,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("torch", "proton"), default="torch", help="proton: Triton's profiler, its own viewer"
     )
+    parser.add_argument(
+        "-m",
+        dest="module",
+        nargs=argparse.REMAINDER,
+        metavar="PKG.MOD",
+        help="a module as python -m runs it, and its arguments",
+    )
     parser.add_argument("script", nargs="?", help="a Python script, run unchanged")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
 
@@ -56,6 +72,12 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from fastops.profiling import profile, script
 
+    if options.module is not None:
+        if not options.module:
+            raise script.BadRequest("-m needs the name of a module, e.g. -m models.train")
+        # argparse ends what -m takes at a bare --
+        rest = ["--", options.script, *options.arguments] if options.script else []
+        options.script, options.arguments = options.module[0], [*options.module[1:], *rest]
     if bool(options.model) == bool(options.script):
         raise script.BadRequest("give either a script or --model, see --help")
     if options.script and (options.input or options.train):
@@ -64,8 +86,8 @@ def _run(options: argparse.Namespace) -> int:
         raise script.BadRequest("--model needs at least one --input, e.g. --input 64x3x224x224")
     for name in ("html", "json", "trace"):
         path = getattr(options, name)
-        if path and not Path(path).resolve().parent.is_dir():
-            raise script.BadRequest(f"--{name}: no folder {Path(path).resolve().parent}")
+        if path:
+            _check_writable(name, Path(path).resolve())
     if options.steps < 1 or options.warmup < 0:
         raise script.BadRequest(f"--steps must be >= 1 and --warmup >= 0, got {options.steps} and {options.warmup}")
     if options.backend == "proton":
@@ -74,8 +96,10 @@ def _run(options: argparse.Namespace) -> int:
         return run_proton(options)
 
     if options.script:
-        profiler = profile(warmup=options.warmup, steps=options.steps)
-        code = script.run_script(options.script, options.arguments, profiler, 10 if options.apply else 0)
+        profiler = profile(warmup=options.warmup, steps=options.steps, script=True)
+        rounds = 10 if options.apply else 0
+        as_module = options.module is not None
+        code = script.run_script(options.script, options.arguments, profiler, rounds, as_module)
     else:
         code = 0
         model, step = script.model_step(options.model, options.input, options.train)
@@ -87,25 +111,37 @@ def _run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             code = 130
         if options.apply and not code:
-            profiler.applied = _apply(model, step)
+            _apply(profiler, model, step)
     try:
         return _report(profiler, options, code)
     finally:
         profiler.recorder.discard()
 
 
-def _apply(model, step):  # type: ignore[no-untyped-def]
+def _check_writable(name: str, path: Path) -> None:
+    """Before anything runs: a long run is not to end with a report that cannot be written."""
+    from fastops.profiling.script import BadRequest
+
+    if not path.parent.is_dir():
+        raise BadRequest(f"--{name}: no folder {path.parent}")
+    if path.is_dir():
+        raise BadRequest(f"--{name}: {path} is a folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise BadRequest(f"--{name}: {path} cannot be written")
+
+
+def _apply(profiler: profile, model: torch.nn.Module, step: Callable[[], object]) -> None:
     import fastops
+    from fastops.profiling import script
     from fastops.profiling.paired import compare
 
-    def accelerated() -> None:
-        with fastops.accelerated(model):
-            step()
+    if not script.would_change([model]):
+        profiler.recorder.notes.append(script.NOTHING_TO_APPLY)
+        return
+    profiler.applied = compare(step, lambda on: fastops.accelerate(model) if on else fastops.restore(model))
 
-    return compare(step, accelerated)
 
-
-def _report(profiler, options: argparse.Namespace, code: int) -> int:  # type: ignore[no-untyped-def]
+def _report(profiler: profile, options: argparse.Namespace, code: int) -> int:
     try:
         profiler.show(top=options.top)
     except RuntimeError as error:
@@ -114,6 +150,11 @@ def _report(profiler, options: argparse.Namespace, code: int) -> int:  # type: i
     for name in ("html", "json", "trace"):
         path = getattr(options, name)
         if path:
-            getattr(profiler, name)(path)
-            print(f"{name}: {path}")
+            try:
+                getattr(profiler, name)(path)
+            except OSError as error:
+                print(f"fastops profile: --{name}: {error}", file=sys.stderr)
+                code = code or 1
+            else:
+                print(f"{name}: {path}")
     return code

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastops.profiling.advice import Advice
 from fastops.profiling.summary import ModuleRow, Summary
 from fastops.profiling.table import owners
+
+MOST_LEVELS = 40  # deeper modules are in the table
 
 STYLE = """
 :root{--ink:#1c2430;--dim:#5b6675;--page:#fbfbfa;--card:#fff;--line:#dfe3e8;--accent:#1f6feb;--busy:#2e9d62;--idle:#e6e9ee}
@@ -71,7 +74,7 @@ def page(
     title: str, summary: Summary, advice: Sequence[Advice], machine: Mapping[str, Any], applied: str | None
 ) -> str:
     """The whole file as a string."""
-    on_gpu = summary.step.device == "cuda"
+    on_gpu = summary.step.source == "kernels"
     sections = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="dim">{_text(_machine_line(machine))}</p>',
@@ -81,8 +84,11 @@ def page(
         *([f'<div class="verdict">applied and measured, whole step: {_text(applied)}</div>'] if applied else []),
         "<h2>Modules by time</h2>",
         icicle(summary.modules),
-        f"<h2>{'GPU' if on_gpu else 'Host'} busy (colour) and idle over the profiled steps</h2>",
-        strip(summary),
+        *(
+            [f"<h2>{'GPU' if on_gpu else 'Host'} busy (colour) and idle over the profiled steps</h2>", strip(summary)]
+            if summary.strip
+            else []
+        ),
         "<h2>Advice</h2>",
         _advice(advice, summary),
         "<h2>Modules</h2>",
@@ -111,7 +117,10 @@ def as_data(summary: Summary, advice: Sequence[Advice]) -> dict[str, Any]:
     return {
         "schema": 1,
         "step": step,
-        "modules": [dataclasses.asdict(row) for row in summary.modules],
+        "modules": [
+            {**dataclasses.asdict(row), "ceiling_percent": row.ceiling_percent, "bound_by": row.bound_by}
+            for row in summary.modules
+        ],
         "kernels": [dataclasses.asdict(row) for row in summary.kernels],
         "advice": [dataclasses.asdict(item) for item in advice],
         "notes": summary.notes,
@@ -130,14 +139,19 @@ def _machine_line(machine: Mapping[str, Any]) -> str:
 def _cards(summary: Summary) -> str:
     step = summary.step
     figures = [(f"{step.wall_ms:.3f} ms", f"per step, average of {step.steps}")]
-    if step.device == "cuda":
+    if step.source == "kernels":
         figures += [
             (f"{step.busy_percent:.0f} %", "GPU busy"),
             (f"{step.idle_micro_ms:.3f} ms", "idle in pauses under 10 us"),
             (f"{step.idle_macro_ms:.3f} ms", "idle in longer pauses"),
             (f"{step.launches:.0f}", "launches per step"),
         ]
-    figures.append((f"{step.attributed_percent:.1f} %", "of the time has an owner"))
+    figures.append(
+        (
+            f"{step.attributed_percent:.1f} %",
+            f"of the {'GPU' if step.device == 'cuda' else 'operator'} time has an owner",
+        )
+    )
     cards = "".join(f'<div class="card"><b>{_text(a)}</b><span>{_text(b)}</span></div>' for a, b in figures)
     return f'<div class="cards">{cards}</div>'
 
@@ -147,13 +161,16 @@ def icicle(rows: Sequence[ModuleRow]) -> str:
     width, height = 1140.0, 24
     known = {row.path: row for row in rows}
     roots = [row for row in rows if "." not in row.path or row.path.rpartition(".")[0] not in known]
+    children: dict[str, list[ModuleRow]] = defaultdict(list)
+    for row in rows:
+        children[row.path.rpartition(".")[0]].append(row)
     total = sum(row.total_ms for row in roots) or 1.0
     bars: list[str] = []
     deepest = 0
 
     def draw(row: ModuleRow, left: float, level: int, span: float) -> None:
         nonlocal deepest
-        if span < 0.5:
+        if span < 0.5 or level >= MOST_LEVELS:
             return
         deepest = max(deepest, level)
         hue = sum(map(ord, row.kind or row.path)) * 37 % 360
@@ -171,11 +188,10 @@ def icicle(rows: Sequence[ModuleRow]) -> str:
         if fits >= 4:
             bars.append(f'<text x="{left + 5:.1f}" y="{y + 16}">{_text(label[:fits])}</text>')
         at = left
-        for child in rows:
-            if child is not row and child.path.rpartition(".")[0] == row.path:
-                child_span = span * child.total_ms / row.total_ms if row.total_ms else 0.0
-                draw(child, at, level + 1, child_span)
-                at += child_span
+        for child in children[row.path]:
+            child_span = span * child.total_ms / row.total_ms if row.total_ms else 0.0
+            draw(child, at, level + 1, child_span)
+            at += child_span
 
     at = 0.0
     for row in roots:
@@ -219,7 +235,7 @@ def _advice(advice: Sequence[Advice], summary: Summary) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[tuple[str, float | None]]]) -> str:
-    words = {"module", "class", "name", "for module"}
+    words = {"module", "class", "name", "for module", "bound by"}
     head = "".join(f'<th class="{"text" if name in words else ""}">{_text(name)}</th>' for name in heads)
     body = []
     for row in rows:
@@ -250,11 +266,18 @@ def _modules(summary: Summary) -> str:
             _number(row.calls, ".0f"),
             _number(row.tflops_per_s * (1 if on_gpu else 1e3), ".1f"),
             _number(row.gb_per_s, ".1f"),
+            *([_number(row.ceiling_percent, ".0f"), (row.bound_by, None)] if summary.step.ceilings else []),
         ]
         for row in summary.modules
     ]
     times = ("forward ms", "backward ms", "total ms", "%", "own ms", "calls")
-    return _table(("module", "class", *times, "TFLOP/s" if on_gpu else "GFLOP/s", "GB/s >="), rows)
+    heads = ["module", "class", *times, "TFLOP/s" if on_gpu else "GFLOP/s", "GB/s >="]
+    if summary.step.ceilings:
+        heads += ["% of ceiling", "bound by"]
+        where = f'<p class="dim">Ceilings of {_text(summary.step.ceilings)}.</p>'
+    else:
+        where = ""
+    return where + _table(heads, rows)
 
 
 def _kernels(summary: Summary, on_gpu: bool) -> str:

@@ -38,18 +38,30 @@ class Comparison:
         )
 
 
-def compare(before: Callable[[], None], after: Callable[[], None], *, rounds: int = 15, warmup: int = 2) -> Comparison:
-    """Time two callables in alternating order; each is one step and may launch GPU work."""
-    for _ in range(warmup):
-        before()
-        after()
+def compare(
+    step: Callable[[], object], switch: Callable[[bool], object], *, rounds: int = 15, warmup: int = 2
+) -> Comparison:
+    """Time a step before and after a change, in alternating order; only the step is timed.
+
+    Args:
+        step: one step, which may launch GPU work.
+        switch: makes the change (True) or takes it back (False); it is taken back at the end.
+        rounds: pairs to measure.
+        warmup: untimed steps of each arm at the start; later one follows each switch.
+    """
     pairs = []
-    for index in range(rounds):
-        if index % 2:
-            second = _seconds(after)
-            pairs.append((_seconds(before), second))
-        else:
-            pairs.append((_seconds(before), _seconds(after)))
+    try:
+        for index in range(rounds + 1):
+            seconds = {}
+            for changed in (False, True) if index % 2 else (True, False):
+                switch(changed)
+                for _ in range(1 if index else max(1, warmup)):
+                    step()
+                seconds[changed] = _seconds(step)
+            if index:  # the first round warms up
+                pairs.append((seconds[False], seconds[True]))
+    finally:
+        switch(False)
     return from_pairs(pairs)
 
 
@@ -70,7 +82,7 @@ def from_pairs(pairs: Sequence[tuple[float, float]], *, resamples: int = 2000, s
     )
 
 
-def _seconds(step: Callable[[], None]) -> float:
+def _seconds(step: Callable[[], object]) -> float:
     synchronize()
     start = time.perf_counter()
     step()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import runpy
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,22 +24,33 @@ class BadRequest(ValueError):
     """What the user asked for cannot be done; the message is for them."""
 
 
-def run_script(path: str, arguments: Sequence[str], profiler: profile, apply_rounds: int = 0) -> int:
+def run_script(
+    path: str, arguments: Sequence[str], profiler: profile, apply_rounds: int = 0, as_module: bool = False
+) -> int:
     """Run a script as `python path arguments` would, profiling it; returns its exit code.
 
-    With `apply_rounds`, the steps after the recorded ones alternate between the model as it is and accelerated, in the
-    script's own loop, and are compared pair by pair.
+    With `as_module`, `path` is a module's name, run as `python -m` would. With `apply_rounds`, the steps after the
+    recorded ones alternate between the model as it is and accelerated, in the script's own loop, and are compared pair
+    by pair.
     """
-    if not Path(path).is_file():
+    if not as_module and not Path(path).is_file():
         raise BadRequest(f"no script {path!r}")
     saved_argv, saved_path = sys.argv, list(sys.path)
     sys.argv = [path, *arguments]
-    sys.path.insert(0, str(Path(path).resolve().parent))
+    sys.path.insert(0, os.getcwd() if as_module else str(Path(path).resolve().parent))
+    process = os.getpid()
     code = 0
     alternation = Alternation(profiler, apply_rounds) if apply_rounds else None
     try:
+        if as_module and not _is_module(path):
+            raise BadRequest(f"no module {path!r}; a file is profiled without -m")
         with profiler:
-            runpy.run_path(path, run_name="__main__")
+            if as_module:
+                runpy.run_module(path, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(os.path.abspath(path), run_name="__main__")  # what __file__ is for `python path`
+    except BadRequest:
+        raise
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if code and not isinstance(stop.code, int):
@@ -44,14 +58,34 @@ def run_script(path: str, arguments: Sequence[str], profiler: profile, apply_rou
     except KeyboardInterrupt:
         code = 130
         print("interrupted; the report covers what ran", file=sys.stderr)
-    except BaseException:
+    except BaseException as error:
         code = 1
-        traceback.print_exc()
+        traceback.print_exception(type(error), error, _of_the_script(error))
     finally:
+        if os.getpid() != process:  # a child that the script forked, and that came out of it
+            sys.stdout.flush()
+            os._exit(code & 255)
         sys.argv, sys.path[:] = saved_argv, saved_path
         if alternation is not None:
             alternation.finish()
     return code
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _of_the_script(error: BaseException) -> TracebackType | None:
+    """The traceback from the script's own first line on."""
+    trace = error.__traceback__
+    while trace is not None and (
+        trace.tb_frame.f_code.co_filename == __file__ or "runpy" in trace.tb_frame.f_code.co_filename
+    ):
+        trace = trace.tb_next
+    return trace
 
 
 class Alternation:
@@ -64,6 +98,7 @@ class Alternation:
         self.accelerated = False
         self.fresh = True
         self.last = 0.0
+        self.changes = True
         profiler.recorder.after_step = self.step
 
     def step(self) -> None:
@@ -71,8 +106,12 @@ class Alternation:
         import fastops
 
         recorder = self.profiler.recorder
+        if self.last and not self.changes:
+            return
         if recorder.steps is None or recorder.recorded < recorder.steps or len(self.times[True]) >= self.rounds:
             return
+        if not self.last:
+            self.changes = would_change(recorder.ranges.roots)
         if self.last and not self.fresh:
             self.times[self.accelerated].append(recorder.step_walls[-1])
         if self.fresh and self.last:
@@ -92,11 +131,25 @@ class Alternation:
         if self.accelerated:
             for root in self.profiler.recorder.ranges.roots:
                 fastops.restore(root)
+        notes = self.profiler.recorder.notes
+        if not self.changes or not would_change(self.profiler.recorder.ranges.roots):
+            notes.append(NOTHING_TO_APPLY)
+            return
         pairs = list(zip(self.times[False], self.times[True], strict=False))
         if len(pairs) >= 3:
             self.profiler.applied = from_pairs(pairs)
         else:
-            self.profiler.recorder.notes.append("the script ended before enough steps could be compared for --apply")
+            notes.append("the script ended before enough steps could be compared for --apply")
+
+
+NOTHING_TO_APPLY = "--apply: there is nothing here that fastops.accelerate would change"
+
+
+def would_change(roots: Sequence[torch.nn.Module]) -> bool:
+    """Whether `fastops.accelerate` would do anything to these models."""
+    import fastops
+
+    return any(row.becomes and not row.done for root in roots for row in fastops.explain(root))
 
 
 def model_step(factory: str, inputs: Sequence[str], train: bool) -> tuple[torch.nn.Module, Callable[[], None]]:
@@ -136,10 +189,10 @@ def build(factory: str) -> torch.nn.Module:
         sys.path.insert(0, "")
     try:
         target = getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
-        raise BadRequest(f"cannot import {module_name!r}: {error}") from error
     except AttributeError:
         raise BadRequest(f"module {module_name!r} has no {name!r}") from None
+    except Exception as error:
+        raise BadRequest(f"cannot import {module_name!r}: {type(error).__name__}: {error}") from error
     try:
         model = target() if callable(target) and not isinstance(target, torch.nn.Module) else target
     except Exception as error:

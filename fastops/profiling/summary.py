@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 from fastops.profiling import work
 from fastops.profiling.attribute import OUTSIDE, PYTHON, attribute, operator_of
-from fastops.profiling.trace import MODULE_RANGE, STEP_MARK, HostEvent, Kernel, Trace
+from fastops.profiling.ceilings import Ceilings
+from fastops.profiling.trace import MARKS, MODULE_RANGE, STEP_MARK, HostEvent, Kernel, Trace
 
+FAR_PERCENT = 10.0
 MICRO_GAP_US = 10.0  # shorter pauses of the GPU are launch latency, longer ones wait for the host
 
 
@@ -26,6 +28,8 @@ class StepSummary:
     idle_macro_ms: float
     launches: float
     attributed_percent: float
+    source: str = "kernels"  # what device times rest on: "kernels", "events" where none could be captured, else "host"
+    ceilings: str | None = None  # whose ceilings the percentages are of, and where they come from
 
     @property
     def busy_percent(self) -> float:
@@ -37,6 +41,8 @@ class StepSummary:
         """One sentence: what limits the step."""
         if self.device == "cpu":
             return "no GPU: times are host times of PyTorch's CPU operators"
+        if self.source == "events":
+            return "no kernel was captured: times lie between CUDA events and include the GPU's pauses"
         if self.busy_percent >= 85:
             return "GPU-bound: the GPU is busy, faster kernels make the step faster"
         if self.idle_micro_ms >= self.idle_macro_ms:
@@ -62,6 +68,12 @@ class ModuleRow:
     own_backward_ms: float = 0.0
     own_flops: float = 0.0
     own_bytes: float = 0.0
+    compute_ms: float = 0.0  # least time of the arithmetic at the GPU's ceiling, with children
+    memory_ms: float = 0.0  # likewise of the traffic
+    floor_ms: float = 0.0  # the larger of both, module by module and direction by direction
+    own_floors: dict[bool, list[float]] = field(
+        default_factory=lambda: {False: [0.0, 0.0], True: [0.0, 0.0]}, repr=False
+    )
 
     @property
     def own_ms(self) -> float:
@@ -72,6 +84,21 @@ class ModuleRow:
     def tflops_per_s(self) -> float:
         """Useful arithmetic a second, in 10^12."""
         return self.flops / self.total_ms / 1e9 if self.total_ms else 0.0
+
+    @property
+    def ceiling_percent(self) -> float | None:
+        """How near the module comes to the time that the GPU's ceilings allow; None where nothing is known."""
+        return 100 * self.floor_ms / self.total_ms if self.floor_ms and self.total_ms else None
+
+    @property
+    def bound_by(self) -> str:
+        """The ceiling that is nearer, "compute" or "memory"; "neither" below a tenth of both."""
+        percent = self.ceiling_percent
+        if percent is None:
+            return ""
+        if percent < FAR_PERCENT:
+            return "neither"
+        return "compute" if self.compute_ms >= self.memory_ms else "memory"
 
     @property
     def gb_per_s(self) -> float:
@@ -110,68 +137,98 @@ class Summary:
     notes: list[str]
 
 
-def summarise(trace: Trace, kinds: Mapping[str, str], notes: list[str]) -> Summary:
-    """Average over the steps between the first and the last step mark; `kinds` is module path -> class name."""
+def summarise(
+    trace: Trace,
+    kinds: Mapping[str, str],
+    notes: list[str],
+    ceilings: Ceilings | None = None,
+    timed: Mapping[tuple[str, bool], float] | None = None,
+) -> Summary:
+    """Average over the steps between the first and the last step mark.
+
+    Args:
+        trace: what was recorded.
+        kinds: module path -> class name.
+        notes: shown as they are.
+        ceilings: of the GPU, for percentages.
+        timed: milliseconds of (module path, backward) in all steps, from CUDA events, where no kernel was captured.
+    """
     marks = trace.step_marks()
     if len(marks) < 2:
-        raise ValueError("the trace holds no whole step")
+        raise RuntimeError("the trace holds no whole step")
     begin, end, steps = marks[0], marks[-1], len(marks) - 1
     attribute(trace)
-    host = [event for event in trace.host if event.end > begin and event.start < end and event.name != STEP_MARK]
+    host = [event for event in trace.host if event.end > begin and event.start < end and event.name not in MARKS]
     inside = {event for event in host if event.start >= begin}
     launched = [k for k in trace.device if k.start >= begin and (k.launched_by is None or k.launched_by in inside)]
-    device = "cuda" if launched else "cpu"
+    source = "kernels" if launched else "events" if timed else "host"
 
     rows: dict[str, ModuleRow] = {}
     for path in _order(host, kinds):
         rows[path] = ModuleRow(path, kinds.get(path, ""), path.count(".") if path in kinds else 0)
-    for event in inside:
-        if event.name.startswith(MODULE_RANGE):
-            rows[event.module].calls += 1
-        row = rows[event.module]
-        row.own_flops += work.flops_of(event)
-        row.own_bytes += work.bytes_of(event)
-    for row in rows.values():
-        row.calls, row.own_flops, row.own_bytes = row.calls / steps, row.own_flops / steps, row.own_bytes / steps
-    if device == "cuda":
+    _count_work(rows, inside, steps, None if source == "host" else ceilings)
+    busy: list[tuple[float, float]] = []
+    window_end = end
+    if launched:
         _charge_device(rows, launched, steps)
         kernels = _kernel_rows(launched, steps)
         busy = _union((kernel.start, kernel.end) for kernel in launched)
         window_end = max(end, max(stop for _, stop in busy))
-        total = sum(kernel.duration for kernel in launched) / 1e3 / steps
+        total = work_total = sum(kernel.duration for kernel in launched) / 1e3 / steps
     else:
         main = next(event.thread for event in trace.host if event.name == STEP_MARK)
-        total = _charge_host(rows, host, main, begin, end, steps)
-        kernels = _operator_rows(sorted(inside, key=lambda event: event.start), steps, total)
-        top = (event for event in host if event.parent is None)
-        busy = _union((max(event.start, begin), min(event.end, end)) for event in top)
-        window_end = end
+        if timed:
+            total = work_total = _charge_timed(rows, timed, steps)
+        else:
+            total = _charge_host(rows, host, main, begin, end, steps)
+            work_total = total - rows[PYTHON].own_ms
+            top = (event for event in host if event.parent is None)
+            busy = _union((max(event.start, begin), min(event.end, end)) for event in top)
+        kernels = _operator_rows(sorted(inside, key=lambda event: event.start), steps)
     _roll_up(rows, kinds, total)
-    busy_ms = sum(stop - start for start, stop in busy) / 1e3 / steps
     micro, macro = _gaps(busy, begin, window_end)
-    outside = sum(row.own_ms for path, row in rows.items() if path in (OUTSIDE, PYTHON))
+    outside = sum(row.own_ms for path, row in rows.items() if path == OUTSIDE)
     step = StepSummary(
-        device,
+        "cpu" if source == "host" else "cuda",
         steps,
         (window_end - begin) / 1e3 / steps,
-        busy_ms,
-        micro / 1e3 / steps,
-        macro / 1e3 / steps,
+        sum(stop - start for start, stop in busy) / 1e3 / steps,
+        micro / 1e3 / steps if busy else 0.0,
+        macro / 1e3 / steps if busy else 0.0,
         len(launched) / steps,
-        100 * (1 - outside / total) if total else 0.0,
+        100 * (1 - outside / work_total) if work_total else 0.0,
+        source,
+        None if ceilings is None or source == "host" else str(ceilings),
     )
     strip = [((start - begin) / 1e3, (stop - begin) / 1e3) for start, stop in busy]
     shown = [row for row in rows.values() if row.calls or row.total_ms > 0]
     return Summary(step, shown, kernels, strip, notes)
 
 
+def _count_work(rows: dict[str, ModuleRow], inside: set[HostEvent], steps: int, ceilings: Ceilings | None) -> None:
+    """Calls, arithmetic and traffic of every module, and the time they need at the ceilings."""
+    for event in inside:
+        row = rows[event.module]
+        if event.name.startswith(MODULE_RANGE):
+            row.calls += 1
+        if event.category != "cpu_op":
+            continue
+        flops, moved = work.flops_of(event), work.bytes_of(event)
+        row.own_flops += flops
+        row.own_bytes += moved
+        if ceilings is not None:
+            floors = row.own_floors[event.backward]
+            floors[0] += ceilings.compute_ms(flops, event.name, work.dtype_of(event)) / steps if flops else 0.0
+            floors[1] += ceilings.memory_ms(moved) / steps
+    for row in rows.values():
+        row.calls, row.own_flops, row.own_bytes = row.calls / steps, row.own_flops / steps, row.own_bytes / steps
+
+
 def _order(host: list[HostEvent], kinds: Mapping[str, str]) -> list[str]:
     """Module paths as the model lists them, then the named rest."""
     used = {event.module for event in host}
-    wanted: dict[str, None] = {}
-    for path in kinds:
-        if any(module == path or module.startswith(path + ".") for module in used):
-            wanted[path] = None
+    needed = {ancestor for path in used for ancestor in _lineage(path, kinds)}
+    wanted = {path: None for path in kinds if path in needed}
     return [*wanted, *sorted(used - wanted.keys())]
 
 
@@ -183,6 +240,16 @@ def _charge_device(rows: dict[str, ModuleRow], launched: list[Kernel], steps: in
             row.own_backward_ms += kernel.duration / 1e3 / steps
         else:
             row.own_forward_ms += kernel.duration / 1e3 / steps
+
+
+def _charge_timed(rows: dict[str, ModuleRow], timed: Mapping[tuple[str, bool], float], steps: int) -> float:
+    for (path, backward), spent in timed.items():
+        row = rows.setdefault(path, ModuleRow(path, "", 0))
+        if backward:
+            row.own_backward_ms += spent / steps
+        else:
+            row.own_forward_ms += spent / steps
+    return sum(timed.values()) / steps
 
 
 def _charge_host(
@@ -208,9 +275,13 @@ def _charge_host(
 
 def _roll_up(rows: dict[str, ModuleRow], kinds: Mapping[str, str], total: float) -> None:
     for path, row in rows.items():
+        floors = row.own_floors.values()
         for ancestor in _lineage(path, kinds):
             if ancestor in rows:
                 upper = rows[ancestor]
+                upper.compute_ms += sum(compute for compute, _ in floors)
+                upper.memory_ms += sum(memory for _, memory in floors)
+                upper.floor_ms += sum(map(max, floors))
                 upper.forward_ms += row.own_forward_ms
                 upper.backward_ms += row.own_backward_ms
                 upper.flops += row.own_flops
@@ -223,8 +294,7 @@ def _roll_up(rows: dict[str, ModuleRow], kinds: Mapping[str, str], total: float)
 def _lineage(path: str, kinds: Mapping[str, str]) -> list[str]:
     if path not in kinds:
         return [path]
-    parts = path.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return [path[:i] for i, letter in enumerate(path) if letter == "."] + [path]
 
 
 def _kernel_rows(launched: list[Kernel], steps: int) -> list[KernelRow]:
@@ -243,7 +313,7 @@ def _kernel_rows(launched: list[Kernel], steps: int) -> list[KernelRow]:
                 name,
                 len(group) / steps,
                 spent / 1e3 / steps,
-                100 * spent / total,
+                100 * spent / total if total else 0.0,
                 first.registers,
                 first.shared_bytes,
                 first.occupancy_percent,
@@ -253,11 +323,12 @@ def _kernel_rows(launched: list[Kernel], steps: int) -> list[KernelRow]:
     return sorted(rows, key=lambda row: -row.total_ms)
 
 
-def _operator_rows(host: list[HostEvent], steps: int, total: float) -> list[KernelRow]:
+def _operator_rows(host: list[HostEvent], steps: int) -> list[KernelRow]:
     groups: dict[str, list[HostEvent]] = defaultdict(list)
     for event in host:
         if event.category == "cpu_op":
             groups[event.name].append(event)
+    total = sum(event.self_duration for group in groups.values() for event in group) / 1e3 / steps or 1.0
     rows = []
     for name, group in groups.items():
         spent = sum(event.self_duration for event in group) / 1e3 / steps
@@ -270,7 +341,7 @@ def short_name(name: str) -> str:
     """A kernel's name without return type, arguments, template arguments and namespaces."""
     short = name.removeprefix("void ").replace("(anonymous namespace)::", "")
     if short.startswith("autograd::engine::evaluate_function: "):
-        return short.removeprefix("autograd::engine::evaluate_function: ")
+        return short.removeprefix("autograd::engine::evaluate_function: ") + " (engine)"
     depth, kept = 0, []
     for letter in short:
         if letter == "<":

@@ -9,9 +9,13 @@ from fastops.profiling.summary import KernelRow, ModuleRow, Summary
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
     from fastops.profiling.advice import Advice
     from fastops.profiling.paired import Comparison
+
+
+TIMES = {"kernels": "device time", "events": "time between CUDA events", "host": "host time"}
 
 
 def screen(
@@ -41,7 +45,7 @@ def _step(summary: Summary, overhead_percent: float | None) -> RenderableType:
 
     step = summary.step
     lines = [f"step: {step.wall_ms:.3f} ms wall, average of {step.steps}"]
-    if step.device == "cuda":
+    if step.source == "kernels":
         idle = step.idle_micro_ms + step.idle_macro_ms
         lines.append(
             f"GPU busy {step.busy_percent:.0f} %, idle {idle:.3f} ms "
@@ -49,9 +53,12 @@ def _step(summary: Summary, overhead_percent: float | None) -> RenderableType:
             f"{step.launches:.0f} launches"
         )
     lines.append(step.verdict)
-    tail = f"{step.attributed_percent:.1f} % of the time has an owner"
+    tail = f"{step.attributed_percent:.1f} % of the {'GPU' if step.device == 'cuda' else 'operator'} time has an owner"
     if overhead_percent is not None:
-        tail += f"; steps took {overhead_percent:+.0f} % with profiling on (negative: within this machine's noise)"
+        if overhead_percent > 0:
+            tail += f"; steps took {overhead_percent:.0f} % longer with profiling on"
+        else:
+            tail += "; what profiling cost is within this machine's noise"
     lines.append(tail)
     return Text("\n".join(lines))
 
@@ -59,16 +66,22 @@ def _step(summary: Summary, overhead_percent: float | None) -> RenderableType:
 def _modules(summary: Summary, top: int) -> Table:
     from rich.table import Table
 
-    title = "modules: device time per step" if summary.step.device == "cuda" else "modules: host time per step"
+    title = f"modules: {TIMES[summary.step.source]} per step"
     caption = "total includes children; GB/s is a lower bound from argument sizes"
+    ceilings = summary.step.ceilings
+    if ceilings:
+        caption += f"; ceilings of {ceilings}"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     on_gpu = summary.step.device == "cuda"
     table.add_column("module", no_wrap=True)
     table.add_column("class", no_wrap=True)
     for name in ("forward ms", "backward ms", "total ms", "%", "calls", "TFLOP/s" if on_gpu else "GFLOP/s", "GB/s"):
         table.add_column(name, justify="right", no_wrap=True)
+    if ceilings:
+        table.add_column("% of ceiling", justify="right", no_wrap=True)
+        table.add_column("bound by", no_wrap=True)
     for row in visible(summary.modules, top):
-        table.add_row(
+        cells = [
             "  " * row.depth + (row.path.rsplit(".", 1)[-1] if row.depth else row.path),
             row.kind,
             f"{row.forward_ms:.3f}",
@@ -78,7 +91,11 @@ def _modules(summary: Summary, top: int) -> Table:
             f"{row.calls:.0f}" if row.calls else "",
             f"{row.tflops_per_s * (1 if on_gpu else 1e3):.1f}" if row.flops else "",
             f"{row.gb_per_s:.1f}" if row.bytes else "",
-        )
+        ]
+        if ceilings:
+            percent = row.ceiling_percent
+            cells += ["" if percent is None else f"{percent:.0f}", row.bound_by]
+        table.add_row(*map(printable, cells))
     return table
 
 
@@ -95,7 +112,7 @@ def visible(rows: list[ModuleRow], top: int) -> list[ModuleRow]:
 def _kernels(summary: Summary, top: int) -> Table:
     from rich.table import Table
 
-    on_gpu = summary.step.device == "cuda"
+    on_gpu = summary.step.source == "kernels"
     table = Table(title="kernels" if on_gpu else "operators (self time)", title_justify="left")
     table.add_column("name", no_wrap=True)
     for name in ("calls", "total ms", "%", "average us"):
@@ -109,8 +126,15 @@ def _kernels(summary: Summary, top: int) -> Table:
         if on_gpu:
             known = (row.registers, row.shared_bytes, row.occupancy_percent)
             cells += ["" if value is None else f"{value:.0f}" for value in known]
-        table.add_row(*cells, owners(row))
+        table.add_row(*map(printable, [*cells, owners(row)]))
     return table
+
+
+def printable(name: str) -> Text:
+    """A cell that shows a name as it is: no markup, no line feeds or terminal codes."""
+    from rich.text import Text
+
+    return Text("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name))
 
 
 def owners(row: KernelRow) -> str:
@@ -130,5 +154,6 @@ def _advice(advice: list[Advice], summary: Summary) -> RenderableType:
     for name in ("what", "why", "saves", "confidence", "how"):
         table.add_column(name, overflow="fold")
     for item in advice:
-        table.add_row(item.what, item.why, item.saving(summary.step.wall_ms), item.confidence, item.edit)
+        cells = (item.what, item.why, item.saving(summary.step.wall_ms), item.confidence, item.edit)
+        table.add_row(*map(printable, cells))
     return table

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 MODULE_RANGE = "nn.Module: "
 STEP_MARK = "fastops step"
+FORWARD_MARK = "fastops forward"  # a step where no optimizer steps and nobody marks
+MARKS = (STEP_MARK, FORWARD_MARK)
 DEVICE_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
 LAUNCH_CATEGORIES = {"cuda_runtime", "cuda_driver"}
 HOST_CATEGORIES = {"cpu_op", "user_annotation"} | LAUNCH_CATEGORIES
+NAME = re.compile(r'("name": ")(.*)(",(?:\n| "pid"))')
 
 
 @dataclass(eq=False)
@@ -87,15 +91,38 @@ class Trace:
     device: list[Kernel]
 
     def step_marks(self) -> list[float]:
-        """Times of the step boundaries."""
-        return [event.start for event in self.host if event.name == STEP_MARK]
+        """Times of the step boundaries: the beginning, and what ended the steps."""
+        steps = [event.start for event in self.host if event.name == STEP_MARK]
+        if len(steps) > 1:
+            return steps
+        return steps + [event.start for event in self.host if event.name == FORWARD_MARK]
+
+    def rename(self, paths: Mapping[str, str]) -> None:
+        """Put the modules' paths in place of the labels that stood for them while tracing."""
+        for event in self.host:
+            if event.name.startswith(MODULE_RANGE):
+                label = event.name[len(MODULE_RANGE) :]
+                event.name = MODULE_RANGE + paths.get(label, label)
 
 
 def read(path: str | Path) -> Trace:
     """Read a trace that `torch.profiler.profile.export_chrome_trace` wrote (.json or .json.gz)."""
-    opener = gzip.open if str(path).endswith(".gz") else open
+    return parse(load(path)["traceEvents"])
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The JSON of a trace; RuntimeError where it is none."""
+    opener: Any = gzip.open if str(path).endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-        return parse(json.load(file)["traceEvents"])
+        text = file.read()
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:  # PyTorch does not escape quotes in the names that people give to ranges
+        return json.loads(NAME.sub(lambda found: found[1] + json.dumps(found[2])[1:-1] + found[3], text))
+    except ValueError as error:
+        raise RuntimeError(f"the profiler wrote a trace that is no JSON: {error}") from error
 
 
 def parse(events: Iterable[dict[str, Any]]) -> Trace:
