@@ -86,10 +86,11 @@ RECURRENT_CLASSIFIER = {
 PRESETS: dict[tuple[str, str], dict[str, Preset]] = {
     ("alexnet", "classify"): {
         "small": Preset(
-            epochs=6,
+            epochs=8,
             batch=32,
             optimizer="sgd",
-            learning_rate=1e-3,
+            learning_rate=1e-2,
+            clip=1.0,
             model={"dropout": 0.5},
             data={"size": 127, "resize": 127},
         ),
