@@ -44,7 +44,7 @@ def curves(progress: Progress, task: Task, steps_per_epoch: int, path: str | Pat
     if values:
         right.annotate(_number(values[-1], task), (epochs[-1], values[-1]), xytext=(-4, -14), ha="right", **_OFFSET)
     right.set(xlabel="epoch", ylabel=task.metric.replace("_", " "), title="held-out data")
-    right.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, loc="center right")
     _save(figure, path)
 
 
