@@ -487,6 +487,26 @@ def test_gpu_advice_names_the_edit_and_the_saving():
     assert "%" in fused.saving(summary.step.wall_ms)
 
 
+def test_the_tree_is_shown_depth_first():
+    kinds = {"Net": "Net", "Net.relu": "ReLU", "Net.conv": "Conv2d", "Other": "Other", "Net.relu.late": "Late"}
+    trace = [*gpu_trace(), event("user_annotation", MODULE_RANGE + "Net.relu.late", 115, 5)]
+    shown = [row.path for row in summarise(parse(trace), kinds, []).modules]
+    assert shown == ["Net", "Net.relu", "Net.relu.late", "Net.conv"]
+
+
+def test_launches_tell_proton_their_bytes():
+    pytest.importorskip("triton")
+    from types import SimpleNamespace
+
+    from fastops.profiling.proton import annotate_kernels, launch_metadata
+
+    x, y = torch.zeros(4, 4), torch.zeros(2, dtype=torch.int64)
+    found = launch_metadata((1, 1, 1), SimpleNamespace(name="kernel"), {"x": x, "again": x, "y": y, "n": 3, "p": None})
+    assert found == {"name": "kernel", "bytes": 64 + 16}
+    if torch.cuda.is_available():  # the interpreter's functions are of another kind
+        assert annotate_kernels() > 10
+
+
 @pytest.mark.parametrize(
     ("full", "short"),
     [

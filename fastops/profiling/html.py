@@ -183,10 +183,11 @@ def icicle(rows: Sequence[ModuleRow]) -> str:
             f'<rect class="module" x="{left:.1f}" y="{y}" width="{span:.1f}" height="{height - 1}" rx="2" '
             f'fill="hsl({hue} 55% 70%)" data-tip="{_text(tip)}"/>'
         )
-        label = f"{row.path.rpartition('.')[2]} {row.percent:.0f} %"
-        fits = int(span / 7)
-        if fits >= 4:
-            bars.append(f'<text x="{left + 5:.1f}" y="{y + 16}">{_text(label[:fits])}</text>')
+        name = row.path.rpartition(".")[2]
+        labels = (f"{name} {row.kind} {row.percent:.0f} %", f"{name} {row.percent:.0f} %", name)
+        label = next((label for label in labels if len(label) <= (span - 8) / 6.6), None)
+        if label:
+            bars.append(f'<text x="{left + 5:.1f}" y="{y + 16}">{_text(label)}</text>')
         at = left
         for child in children[row.path]:
             child_span = span * child.total_ms / row.total_ms if row.total_ms else 0.0

@@ -228,7 +228,16 @@ def _order(host: list[HostEvent], kinds: Mapping[str, str]) -> list[str]:
     """Module paths as the model lists them, then the named rest."""
     used = {event.module for event in host}
     needed = {ancestor for path in used for ancestor in _lineage(path, kinds)}
-    wanted = {path: None for path in kinds if path in needed}
+    below: dict[str, list[str]] = defaultdict(list)
+    for path in kinds:
+        if path in needed:
+            below[path.rpartition(".")[0] if path.rpartition(".")[0] in needed else ""].append(path)
+    wanted: dict[str, None] = {}
+    waiting = below[""][::-1]
+    while waiting:  # depth first: what was found late stands below its parent, too
+        path = waiting.pop()
+        wanted[path] = None
+        waiting += below[path][::-1] if path else []
     return [*wanted, *sorted(used - wanted.keys())]
 
 

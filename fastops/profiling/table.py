@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastops.profiling.paired import Comparison
 
 
+LONGEST_NAME = 56  # of a kernel; cuDNN has some of 130 letters, which stand in the JSON
 TIMES = {"kernels": "device time", "events": "time between CUDA events", "host": "host time"}
 
 
@@ -114,7 +115,7 @@ def _kernels(summary: Summary, top: int) -> Table:
 
     on_gpu = summary.step.source == "kernels"
     table = Table(title="kernels" if on_gpu else "operators (self time)", title_justify="left")
-    table.add_column("name", no_wrap=True)
+    table.add_column("name", no_wrap=True, overflow="ellipsis", max_width=LONGEST_NAME)
     for name in ("calls", "total ms", "%", "average us"):
         table.add_column(name, justify="right", no_wrap=True)
     if on_gpu:
