@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -224,6 +225,30 @@ def test_compile_in_one_graph(impl, dynamic):
         eager, traced = (torch.autograd.grad(f(*given), wanted) for f in (loss, compiled))
         for a, b in zip(eager, traced, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_vmap(impl):
+    x, n = torch.randn(2, 1, 1, 4, 16, requires_grad=True), torch.tensor([[4], [2]])
+
+    def attend(x, n):
+        return sdpa(x, x, x, key_lengths=n, is_causal=True, impl=impl)
+
+    results = []
+    for out in (torch.vmap(attend)(x, n), torch.stack([attend(a, b) for a, b in zip(x, n, strict=True)])):
+        results.append([out, *torch.autograd.grad(out.square().sum(), x)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto", "torch"])
+def test_fake_tensors_are_not_read(impl):
+    with FakeTensorMode():
+        q, k, v = trio(2, 2)
+        for return_lse in (False, True):
+            out = sdpa(q, k, v, key_lengths=torch.tensor([7, 2]), return_lse=return_lse, impl=impl)
+            assert (out[0] if return_lse else out).shape == (2, 2, 5, 16)
 
 
 def test_compiled_dropout_runs_in_one_graph_and_differs_by_call():

@@ -89,6 +89,8 @@ backward_op = _library.define(
 class Attention(torch.autograd.Function):
     """Output and LSE by the kernels; takes the arguments of the registered op."""
 
+    generate_vmap_rule = True  # one launch for each element
+
     @staticmethod
     def forward(
         query: Tensor,

@@ -224,7 +224,10 @@ def _sliced(
     def sizes(lengths: Tensor | None, full: int) -> list[int]:
         return [full] * batch if lengths is None else lengths.clamp(0, full).tolist()
 
-    pairs = list(zip(sizes(query_lengths, q_len), sizes(key_lengths, k_len), strict=True))
+    try:
+        pairs = list(zip(sizes(query_lengths, q_len), sizes(key_lengths, k_len), strict=True))
+    except RuntimeError:  # fake tensors and those of vmap have no values to read
+        return None
     if not any(a and b for a, b in pairs):
         return None
     if attn_mask is not None:
