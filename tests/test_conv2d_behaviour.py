@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,9 @@ BAD_CONVOLUTIONS = {
     "stride -1": ((X, W, B), {"stride": (1, -1)}),
     "stride of three": ((X, W, B), {"stride": (1, 2, 3)}),
     "stride float": ((X, W, B), {"stride": 1.5}),
+    "stride bool": ((X, W, B), {"stride": True}),
+    "padding of bools": ((X, W, B), {"padding": (True, True)}),
+    "groups bool": ((X, W, B), {"groups": True}),
     "dilation 0": ((X, W, B), {"dilation": 0}),
     "padding -1": ((X, W, B), {"padding": -1}),
     "padding name": ((X, W, B), {"padding": "bogus"}),
@@ -89,6 +93,8 @@ BAD_POOLS = {
     "size -1": {"pool_size": -1},
     "size of three": {"pool_size": (2, 2, 2)},
     "size float": {"pool_size": 2.5},
+    "size bool": {"pool_size": True},
+    "stride bool": {"pool_size": 2, "pool_stride": True},
     "size word": {"pool_size": "a"},
     "size larger than the maps": {"pool_size": 9},
     "stride 0": {"pool_size": 2, "pool_stride": 0},
@@ -217,10 +223,6 @@ def test_function_transforms_and_checkpoint(impl, pool):
     mine = torch.func.grad(loss(lambda w: ours(x, w, b, impl, pool)))(w)
     theirs = torch.func.grad(loss(lambda w: stock(x, w, b, pool)))(w)
     torch.testing.assert_close(mine, theirs)
-    batch = torch.randn(2, 2, 3, 9, 8)
-    per_sample = torch.vmap(torch.func.grad(lambda w, x: ours(x, w, b, impl, pool).square().sum()), (None, 0))(w, batch)
-    expected = [torch.func.grad(loss(lambda w, x=x: stock(x, w, b, pool)))(w) for x in batch]
-    torch.testing.assert_close(per_sample, torch.stack(expected), rtol=1e-4, atol=1e-4)
     with pytest.raises(KernelUnavailable, match="forward-mode"):
         torch.func.jvp(lambda w: ours(x, w, b, impl, pool), (w,), (w,))
     assert torch.func.jvp(lambda w: ours(x, w, b, "auto", pool), (w,), (w,))[1].shape == stock(x, w, b, pool).shape
@@ -230,6 +232,52 @@ def test_function_transforms_and_checkpoint(impl, pool):
     again = checkpoint(lambda *t: ours(*t, impl, pool), *kept, use_reentrant=False)
     for mine, theirs in zip(torch.autograd.grad(again.sum(), kept), expected, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("pool", [None, POOL], ids=["relu", "pool"])
+def test_vmap_is_for_stock_pytorch(pool, monkeypatch):
+    _, w, b = inputs()
+    batch = torch.randn(2, 1, 3, 6, 5)
+
+    def per_sample(function):
+        return torch.vmap(torch.func.grad(lambda w, x: function(x, w).square().sum()), (None, 0))(w, batch)
+
+    expected = per_sample(lambda x, w: stock(x, w, b, pool))
+    for impl in ENGINES:
+        for refused in (
+            lambda impl=impl: torch.vmap(lambda x: ours(x, w, b, impl, pool))(batch),
+            lambda impl=impl: torch.func.grad(lambda w: torch.vmap(lambda x: ours(x, w, b, impl, pool))(batch).sum())(
+                w
+            ),
+            lambda impl=impl: per_sample(lambda x, w: ours(x, w, b, impl, pool)),
+            lambda impl=impl: torch.vmap(lambda x: ours(x, w.clone().requires_grad_(), b, impl, pool))(batch),
+        ):
+            with pytest.raises(RuntimeError, match=r"vmap|transform"):
+                refused()
+    assert torch.equal(per_sample(lambda x, w: ours(x, w, b, "auto", pool)), expected)
+    # where the table would choose an engine, as on a GPU
+    monkeypatch.setattr(op, "_plain_cuda", lambda *tensors: True)
+    monkeypatch.setattr(op, "TABLE", (tuning.Row("hybrid", "estimated", "", ()), *op.TABLE))
+    assert torch.equal(per_sample(lambda x, w: ours(x, w, b, "auto", pool)), expected)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("pool", [None, POOL], ids=["relu", "pool"])
+def test_bias_with_gaps(impl, pool):
+    x, w, _ = inputs(n=1, h=6, w=5)
+    for bias in (torch.randn(8)[::2], torch.randn(1).expand(4)):
+        torch.testing.assert_close(ours(x, w, bias, impl, pool), stock(x, w, bias, pool))
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_integers_as_torch_takes_them(impl):
+    x, w, b = inputs(n=1, h=6, w=5)
+    window = {"stride": np.int64(2), "padding": (np.int32(1), 1), "dilation": torch.tensor(1), "groups": np.int64(1)}
+    torch.testing.assert_close(ours(x, w, b, impl, **window), stock(x, w, b, **window))
+    for pool in ({"pool_size": np.int64(2), "pool_stride": []}, {"pool_size": (2,), "pool_stride": ()}):
+        torch.testing.assert_close(ours(x, w, b, impl, pool), stock(x, w, b, pool))
+    with pytest.raises(KernelUnavailable, match="larger than"):
+        ours(x, w, b, impl, stride=2**31)
 
 
 @pytest.mark.parametrize("impl", ENGINES)
@@ -411,6 +459,46 @@ def test_a_conv2d_becomes_fused_by_its_class():
     plain.__class__ = fastops.nn.Conv2dReLU
     assert torch.equal(plain(x), expected)
     assert repr(plain) == "Conv2dReLU(3, 4, kernel_size=(3, 3), stride=(1, 1))"
+
+
+def test_modules_refuse_an_unknown_engine_when_made():
+    with pytest.raises(ValueError, match="impl must be one of"):
+        fastops.nn.Conv2dReLU(3, 4, 3, impl="cudnn")
+    with pytest.raises(ValueError, match="impl must be one of"):
+        fastops.nn.Conv2dReLUMaxPool2d(3, 4, 3, **POOL, impl="cudnn")
+
+
+def test_a_slice_of_a_sequential_keeps_its_engine():
+    layers = fastops.nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), impl="hybrid")
+    layers.apart = ("0",)
+    for part in (layers[:2], layers[-4:3]):
+        assert type(part) is fastops.nn.Sequential
+        assert (part.impl, part.apart) == ("hybrid", ("0",))
+    assert layers[:2][0] is layers[0]
+    assert "impl" not in vars(fastops.nn.Sequential(nn.ReLU())[:1])
+
+
+def test_same_padding_with_symbolic_sizes():
+    torch._dynamo.reset()
+    w, b = torch.randn(4, 3, 4, 2), torch.randn(4)
+    compiled = torch.compile(
+        lambda x: ours(x, w, b, "hybrid", padding="same"), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for size in ((2, 3, 6, 5), (3, 3, 4, 7)):
+        x = torch.randn(size)
+        torch.testing.assert_close(compiled(x), stock(x, w, b, padding="same"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ENGINES)
+def test_bias_with_gaps_on_a_gpu(impl, device):
+    x, w = torch.randn(2, 64, 9, 8, device=device), torch.randn(64, 64, 3, 3, device=device) / 24
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = x.half().to(memory_format=layout)
+        for bias in (torch.randn(128, device=device).half()[::2], torch.randn(1, device=device).half().expand(64)):
+            for pool in (None, POOL):
+                found = ours(x, w.half(), bias, impl, pool)
+                torch.testing.assert_close(found, stock(x, w.half(), bias, pool), rtol=2e-3, atol=4e-3)
 
 
 @pytest.mark.gpu

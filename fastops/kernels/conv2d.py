@@ -125,6 +125,7 @@ def convolve(
     if c >= FLAT_CHANNELS:
         x = x.contiguous(memory_format=torch.channels_last)
     weight = weight.permute(0, 2, 3, 1).contiguous()  # (K, R, S, C)
+    bias = None if bias is None else bias.contiguous()
     if form is None:
         aligned = layout == torch.channels_last and (x.data_ptr() | weight.data_ptr()) % 16 == 0
         form = choose_form(shape, kind, aligned and has_tma(x.device))

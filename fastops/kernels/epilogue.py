@@ -178,7 +178,7 @@ def bias_relu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         n, k, pq, strides = _as_pixels(y)
         grid = (triton.cdiv(n * pq, block_m) * triton.cdiv(k, block_n),)
         bias_relu_kernel[grid](
-            x, bias, y, *strides, n, k, pq, HAS_BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n
+            x, _vector(bias), y, *strides, n, k, pq, HAS_BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n
         )
     return y
 
@@ -215,7 +215,7 @@ def bias_relu_pool(
         block_m, block_n = _blocks(z, POOL_BLOCKS)
         n, k, uv, strides = _as_pixels(z)
         bias_relu_pool_kernel[(triton.cdiv(n * uv, block_m) * triton.cdiv(k, block_n),)](
-            x, *x.stride(), bias, z, *strides, codes, n, k, *x.shape[2:], *size[2:], *pool, *stride, *padding,
+            x, *x.stride(), _vector(bias), z, *strides, codes, n, k, *x.shape[2:], *size[2:], *pool, *stride, *padding,
             HAS_BIAS=bias is not None, WANT_CODES=want_codes, UNROLL=_unroll(pool[0] * pool[1]),
             BLOCK_M=block_m, BLOCK_N=block_n,
         )  # fmt: skip
@@ -254,6 +254,11 @@ def _format(maps: torch.Tensor) -> torch.memory_format:
 
 def _dense(maps: torch.Tensor) -> torch.Tensor:
     return maps.contiguous(memory_format=_format(maps))
+
+
+def _vector(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias without gaps: kernels take no stride of it."""
+    return None if bias is None else bias.contiguous()
 
 
 def _as_pixels(maps: torch.Tensor) -> tuple[int, int, int, tuple[int, int, int]]:

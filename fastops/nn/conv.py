@@ -7,7 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastops.ops.conv2d_relu import conv2d_relu, conv2d_relu_max_pool2d
+from fastops._env import choose_impl
+from fastops.ops.conv2d_relu import IMPLS, conv2d_relu, conv2d_relu_max_pool2d
 
 Pair = int | tuple[int, int]
 
@@ -21,6 +22,7 @@ class Conv2dReLU(nn.Conv2d):
     impl = "auto"  # class attributes stand in where a module was made from an nn.Conv2d by assigning __class__
 
     def __init__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> None:
+        choose_impl(impl, IMPLS)
         super().__init__(*args, **kwargs)
         self.impl = impl
 

@@ -53,6 +53,13 @@ class Sequential(nn.Sequential):
             input = module(input)  # type: ignore[misc]
         return input
 
+    def __getitem__(self, index: slice | int) -> Any:
+        """A child, or a Sequential of a slice of the children with the same `impl`."""
+        part = super().__getitem__(index)
+        if isinstance(index, slice):
+            part.__dict__.update({name: self.__dict__[name] for name in ("impl", "apart") if name in self.__dict__})
+        return part
+
     def fused(self) -> Iterator[tuple[int, int]]:
         """(index, length) of each run of children that is taken together."""
         for group in groups(self):

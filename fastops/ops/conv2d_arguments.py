@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +33,24 @@ class Window(NamedTuple):
 
 def pair(name: str, value: int | Sequence[int]) -> Pair:
     """`value` as (height, width): an int, or one or two of them."""
-    if isinstance(value, (int, torch.SymInt)):
-        return value, value  # type: ignore[return-value]
-    if not isinstance(value, (tuple, list)) or not all(isinstance(v, (int, torch.SymInt)) for v in value):
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if not all(is_integer(v) for v in values):
         raise TypeError(f"{name} must be an int or a tuple of two ints, got {value!r}")
-    if len(value) not in (1, 2):
+    if len(values) not in (1, 2):
         raise RuntimeError(f"{name} must be an int or a tuple of two ints, got {value!r}")
-    return value[0], value[-1]
+    return integer(values[0]), integer(values[-1])
+
+
+def is_integer(value: object) -> bool:
+    """Whether torch takes `value` for an integer: NumPy's too, but no bool."""
+    if isinstance(value, (int, torch.SymInt)):
+        return not isinstance(value, bool)
+    return hasattr(value, "__index__")
+
+
+def integer(value: Any) -> int:
+    """`value` as an int; a symbolic one stays what it is."""
+    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)  # type: ignore[return-value]
 
 
 def window(
@@ -90,7 +102,7 @@ def check_tensors(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
             raise RuntimeError(f"input is on {input.device} and {name} on {tensor.device}; they must be on one device")
         if tensor.dtype != input.dtype:
             raise RuntimeError(f"input is {input.dtype} and {name} {tensor.dtype}; they must have one dtype")
-    if isinstance(groups, bool) or not isinstance(groups, int):
+    if not is_integer(groups):
         raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1:
         raise RuntimeError(f"groups must be positive, got {groups}")
@@ -124,7 +136,7 @@ def pool(
 ) -> Pool:
     """The window of a max-pool; the stride is its size where none is given."""
     size, padding = pair("pool_size", pool_size), pair("pool_padding", pool_padding)
-    stride = size if pool_stride is None or pool_stride == () else pair("pool_stride", pool_stride)
+    stride = size if pool_stride is None or pool_stride in ((), []) else pair("pool_stride", pool_stride)
     if min(size) < 1:
         raise RuntimeError(f"pool_size must be positive, got {size}")
     if min(stride) < 1:

@@ -117,16 +117,6 @@ class Conv2dReLU(torch.autograd.Function):
         gradients = _convolution_gradients(maps_grad, input, weight, ctx.window, ctx.groups, needs)
         return *gradients, bias_grad if needs[2] else None, None, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        """Batched by stock PyTorch, which knows how."""
-        window, groups, _ = args[3:]
-
-        def batch_of_one(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return reference(input, weight, bias, window.stride, window.padding, window.dilation, groups)
-
-        return torch.vmap(batch_of_one, in_dims[:3])(*args[:3]), 0
-
 
 class Conv2dReLUMaxPool2d(torch.autograd.Function):
     """Differentiable conv2d_relu_max_pool2d of an engine; the second output is its codes."""
@@ -154,14 +144,3 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
         maps_grad, bias_grad = ops.bias_relu_pool_backward(grad, codes, size, *ctx.pool, needs[2])
         gradients = _convolution_gradients(maps_grad, input, weight, ctx.window, ctx.groups, needs)
         return *gradients, bias_grad if needs[2] else None, None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        """Batched by stock PyTorch, which knows how."""
-        window, groups, pool, _ = args[3:]
-
-        def batch_of_one(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return reference(input, weight, bias, window.stride, window.padding, window.dilation, groups, pool)
-
-        pooled = torch.vmap(batch_of_one, in_dims[:3])(*args[:3])
-        return (pooled, torch.zeros_like(pooled, dtype=torch.uint8)), (0, 0)

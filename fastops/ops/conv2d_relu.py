@@ -49,6 +49,7 @@ from fastops.ops.conv2d_reference import reference
 IMPLS = ("auto", "triton", "hybrid", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_PIXELS = 2**31 - 2**17  # pixel numbers are int32, and the last tile runs past the end
+MAX_STEP = 2**30  # coordinates are int32
 MAX_TAPS = 31  # one bit per filter row and column
 
 
@@ -75,9 +76,14 @@ def why_not(
         return "Triton's interpreter computes bfloat16 wrongly"
     if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
         return "forward-mode derivatives are not implemented"
+    if _under_vmap():
+        return "torch.vmap is not implemented"
     maps = arguments.conv_size(input, weight, window)
     if input.shape[0] * max(input.shape[-2] * input.shape[-1], maps[0] * maps[1]) > MAX_PIXELS:
         return f"the batch has more than {MAX_PIXELS} pixels"
+    steps = (*window.stride, *window.padding, *window.dilation, *(pool.stride if pool is not None else ()))
+    if max(steps) > MAX_STEP:
+        return f"a stride, padding or dilation is larger than {MAX_STEP}"
     if pool is not None and pool.size[0] * pool.size[1] > 255:
         return f"pool_size {pool.size} has more than 255 positions, a code is one byte"
     if impl == "triton":
@@ -155,7 +161,7 @@ def _checked(
     if pooling is not None:
         arguments.pooled_size(maps, pooling)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    return Call(batched, weight, bias, window, groups, pooling, "torch")
+    return Call(batched, weight, bias, window, arguments.integer(groups), pooling, "torch")
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -185,6 +191,14 @@ def _facts(call: Call) -> dict[str, Any]:
         "channels": call.input.shape[1],
         "maps": call.input.shape[0] * call.weight.shape[0] * size[0] * size[1],
     }
+
+
+def _under_vmap() -> bool:
+    """Whether torch.vmap is active at any level; inside torch.compile the ops themselves refuse it."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
