@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastops
 from fastops.ops import layer_norm_lstm as ops
@@ -58,15 +59,15 @@ def options_for(steps, batch, hidden, reverse, batch_first, ragged, masks, devic
     return options
 
 
-@pytest.mark.parametrize("impl", ["persistent", "step"])
+@pytest.mark.parametrize("impl", ["small", "step"])
 @pytest.mark.parametrize("variant", list(itertools.product((False, True), repeat=4)), ids=str)
 def test_every_variant(impl, variant):
-    steps, batch, hidden = 3, 18 if impl == "persistent" else 4, 12
+    steps, batch, hidden = (3, 18, 12) if impl == "small" else (2, 3, 12)
     tensors = arguments(steps, batch, hidden, batch_first=variant[1])
     check(impl, tensors, **options_for(steps, batch, hidden, *variant))
 
 
-@pytest.mark.parametrize("impl", ["persistent", "step"])
+@pytest.mark.parametrize("impl", ["small", "step"])
 @pytest.mark.parametrize(("steps", "batch", "hidden"), [(1, 1, 1), (2, 3, 16), (5, 2, 31)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_sizes_and_dtypes(impl, steps, batch, hidden, dtype):
@@ -84,7 +85,7 @@ def test_sizes_and_dtypes(impl, steps, batch, hidden, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["persistent", "step"])
+@pytest.mark.parametrize("impl", ["small", "step"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("steps", "batch", "hidden"), [(64, 70, 32), (40, 33, 50), (50, 64, 128), (20, 600, 64)])
 @pytest.mark.parametrize("variant", [(False,) * 4, (True, False, True, True), (False, True, True, False)])
@@ -105,7 +106,7 @@ def test_wide_rows_on_gpu(hidden, dtype):
     check("step", arguments(6, 20, hidden, dtype, "cuda"))
 
 
-@pytest.mark.parametrize("impl", ["persistent", "step"])
+@pytest.mark.parametrize("impl", ["small", "step"])
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2)])
 def test_any_result_alone_has_its_gradient(impl, used):
     tensors = arguments(3, 2, 8)
@@ -114,10 +115,10 @@ def test_any_result_alone_has_its_gradient(impl, used):
         torch.testing.assert_close(a, b.float(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("impl", ["persistent", "step"])
+@pytest.mark.parametrize("impl", ["small", "step"])
 def test_nothing_is_saved_without_a_backward(impl):
-    tensors = [t.detach() for t in arguments(5, 3, 8)]
-    lengths = torch.tensor([2, 5, 0])
+    tensors = [t.detach() for t in arguments(2, 3, 8)]
+    lengths = torch.tensor([1, 2, 0])
     for options in ({}, {"lengths": lengths}, {"lengths": lengths, "reverse": True}):
         for a, b in zip(
             ops.layer_norm_lstm(*tensors, impl=impl, **options),
@@ -155,15 +156,38 @@ def test_double_backward(device):
         assert (ours - truth).abs().max() <= 4 * (stock - truth).abs().max() + 1e-5 * scale
 
 
-@pytest.mark.parametrize("engine", ["persistent", "step"])
+@pytest.mark.parametrize("engine", ["small", "step"])
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck(engine, save, device):
-    tensors = [t.detach() for t in arguments(3, 2, 8, device=device)]
-    lengths = torch.tensor([3, 1], device=device)
+    tensors = [t.detach() for t in arguments(2, 2, 8, device=device)]
+    lengths = torch.tensor([2, 1], device=device)
     options = (None, None, lengths, 0.9, 1.0, 1e-5, True, False)
     torch.library.opcheck(ops._forward, (*tensors, *options, save, engine))
     output, h_n, _, _, c, product = ops._forward(*tensors, *options, True, engine)
     torch.library.opcheck(ops._backward, (output, h_n, None, *tensors[:5], c, product, *options, engine))
+
+
+@pytest.mark.parametrize("impl", ["small", "step"])
+def test_a_length_nobody_looked_at_is_clamped_and_raised_later(impl):
+    """What a GPU does, where the values cannot be checked before the launch."""
+    tensors = [t.detach() for t in arguments(2, 2, 4)]
+    options = (1.0, 1.0, 1e-5, True, False, False, impl)
+    wrong = ops._forward(*tensors, None, None, torch.tensor([2, 3]), *options)
+    with pytest.raises(ValueError, match=r"lengths\[1\]"):
+        ops._forward(*tensors, None, None, torch.tensor([2, 2]), *options)
+    right = ops._forward(*tensors, None, None, torch.tensor([2, 2]), *options)
+    assert torch.equal(wrong[0], right[0])
+
+
+def test_products_are_counted():
+    tensors = arguments(3, 2, 4)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        ops.layer_norm_lstm(*tensors, impl="small")[0].sum().backward()
+    product = 2 * 3 * 2 * 16 * 4
+    found = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    assert found["fastops.layer_norm_lstm_forward"] == found["fastops.layer_norm_lstm_backward"] == product
+    assert counter.get_total_flops() == 3 * product
 
 
 def test_bad_arguments():
@@ -184,8 +208,22 @@ def test_bad_arguments():
         ops.layer_norm_lstm(*good, mask_h=torch.ones(3, 2, 4, dtype=torch.bool))
     with pytest.raises(fastops.KernelUnavailable, match="float64"):
         ops.layer_norm_lstm(*(t.double() for t in good), impl="triton")
+    for lengths, message in (
+        ([4, 1], r"lengths\[0\].*4"),
+        ([1, -1], r"lengths\[1\].*-1"),
+        ([1.0, 2.0], "float32"),
+        ([1], r"\(2,\)"),
+    ):
+        for impl in ("torch", "small", "step"):
+            with pytest.raises(ValueError, match=message):
+                ops.layer_norm_lstm(*good, lengths=torch.tensor(lengths), impl=impl)
+    masks = {"mask_h": torch.ones(3, 2, 4), "mask_c": torch.ones(3, 2, 4)}
+    with pytest.raises(ValueError, match="mask_h must be bool"):
+        ops.layer_norm_lstm(*good, **masks)
+    with pytest.raises(fastops.KernelUnavailable, match="never spread over programs"):
+        ops.layer_norm_lstm(*good, impl="persistent")
     with pytest.raises(fastops.KernelUnavailable, match="hidden_size <= 32"):
-        ops.layer_norm_lstm(*arguments(1, 1, 33), impl="persistent")
+        ops.layer_norm_lstm(*arguments(1, 1, 33), impl="small")
     with pytest.raises(ValueError, match="'cudnn'"):
         ops.layer_norm_lstm(*good, impl="cudnn")
 
@@ -280,12 +318,12 @@ def test_parameters_are_torchs_and_four_more():
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_call_forms(impl, device):
     module = perturb(fastops.nn.LayerNormLSTM(3, 4, 2, bidirectional=True, device=device, impl=impl))
-    x = torch.randn(5, 3, 3, device=device)
+    x = torch.randn(3, 3, 3, device=device)
     hx = (torch.randn(4, 3, 4, device=device), torch.randn(4, 3, 4, device=device))
-    lengths = torch.tensor([3, 5, 1])
+    lengths = torch.tensor([2, 3, 1])
     output, (h, c) = module(x, hx, lengths=lengths.to(device))
     packed, (packed_h, packed_c) = module(pack_padded_sequence(x, lengths, enforce_sorted=False), hx)
-    unpacked = pad_packed_sequence(packed, total_length=5)[0]
+    unpacked = pad_packed_sequence(packed, total_length=3)[0]
     for a, b in ((output, unpacked), (h, packed_h), (c, packed_c)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     for b in range(3):
@@ -295,13 +333,30 @@ def test_call_forms(impl, device):
             torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["persistent", "step"])
+@pytest.mark.parametrize("impl", ["torch", "small", "step"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_padding_reaches_nothing(impl, batch_first, device):
+    module = perturb(fastops.nn.LayerNormLSTM(3, 4, bidirectional=True, batch_first=batch_first, impl=impl).to(device))
+    lengths = torch.tensor([2, 1, 0], device=device)
+    padding = torch.arange(2, device=device) >= lengths.unsqueeze(1)
+    padding = padding if batch_first else padding.t()
+    x, found = torch.randn(*padding.shape, 3, device=device), []
+    for filling in (0.0, float("nan")):
+        x = x.masked_fill(padding.unsqueeze(-1), filling).requires_grad_()
+        output, (h, c) = module(x, lengths=lengths)
+        grads = torch.autograd.grad(output.sum() + h.sum() + c.sum(), [x, *module.parameters()])
+        found.append([output, h, c, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert output[padding].eq(0).all()
+
+
+@pytest.mark.parametrize("impl", ["small", "step"])
 def test_two_halves_with_carried_state_and_permuted_rows(impl, device):
     module = perturb(fastops.nn.LayerNormLSTM(3, 4, device=device, impl=impl))
-    x = torch.randn(6, 3, 3, device=device)
+    x = torch.randn(3, 3, 3, device=device)
     whole, final = module(x)
-    first, state = module(x[:2])
-    second, again = module(x[2:], state)
+    first, state = module(x[:1])
+    second, again = module(x[1:], state)
     torch.testing.assert_close(torch.cat([first, second]), whole, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(again, final, atol=1e-6, rtol=1e-5)
     order = torch.tensor([2, 0, 1], device=device)
@@ -370,7 +425,8 @@ def test_errors():
         (lambda: module(x, lengths=torch.tensor([6, 1])), ValueError),
         (lambda: fastops.nn.LayerNormLSTM(3, 4, zoneout=1.5), ValueError),
         (lambda: fastops.nn.LayerNormLSTM(3, 0), ValueError),
-        (lambda: fastops.nn.LayerNormLSTM(3, 4, impl="small"), ValueError),
+        (lambda: fastops.nn.LayerNormLSTM(3, 4, impl="cudnn"), ValueError),
+        (lambda: fastops.nn.LayerNormLSTM(3, 4, impl="persistent")(x), fastops.KernelUnavailable),
     ):
         with pytest.raises(kind):
             call()

@@ -122,8 +122,17 @@ def test_every_constructor_combination(ours, stock, options, shape, impl):
 @pytest.mark.parametrize(("ours", "stock", "options"), CLASSES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_lengths_are_a_packed_sequence(ours, stock, options, shape):
-    mine, _ = pair(ours, stock, 3, 5, **shape, **options)
-    compare(mine, sequences(mine, 5, 4), states(mine, 4), torch.tensor([3, 5, 1, 5]))
+    """In float64: stock's two ways, packed and padded, round differently in fp32."""
+    mine, theirs = pair(ours, stock, 3, 5, dtype=torch.float64, **shape, **options)
+    x, hx = sequences(mine, 5, 4, torch.float64), states(mine, 4, torch.float64)
+    lengths = torch.tensor([3, 5, 1, 5])
+    results = []
+    for module, found in ((mine, mine(x, hx, lengths=lengths)), (theirs, packed_truth(theirs, x, hx, lengths))):
+        loss = sum((f * torch.arange(f.numel()).view(f.shape).cos()).sum() for f in flat(found))
+        wanted = [x, *tensors_of(hx), *module.parameters()]
+        results.append([*flat(found), *torch.autograd.grad(loss, wanted)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("ours", "stock", "options"), CLASSES)
@@ -183,6 +192,30 @@ def test_the_layered_way_is_stock_too(ours, stock, options, shape):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_projections_take_lengths(bias):
+    options = {"num_layers": 2, "proj_size": 2, "bidirectional": True, "batch_first": True, "bias": bias}
+    mine, theirs = pair(fastops.nn.LSTM, nn.LSTM, 3, 6, dtype=torch.float64, **options)
+    x = torch.randn(3, 4, 3, dtype=torch.float64, requires_grad=True)
+    hx = (torch.randn(4, 3, 2, dtype=torch.float64), torch.randn(4, 3, 6, dtype=torch.float64))
+    lengths = torch.tensor([4, 1, 2])
+    found, expected = mine(x, hx, lengths=lengths), packed_truth(theirs, x, hx, lengths)
+    for a, b in zip(flat(found), flat(expected), strict=True):
+        torch.testing.assert_close(a, b)
+    d_found, d_expected = (
+        torch.autograd.grad(sum(f.square().sum() for f in flat(result)), [x, *module.parameters()])
+        for result, module in ((found, mine), (expected, theirs))
+    )
+    for a, b in zip(d_found, d_expected, strict=True):
+        torch.testing.assert_close(a, b)
+    output, (h, c) = mine(x, hx, lengths=torch.tensor([0, 0, 0]))
+    assert output.eq(0).all()
+    assert torch.equal(h, hx[0])
+    assert torch.equal(c, hx[1])
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_projections_run_stock():
     mine, theirs = pair(fastops.nn.LSTM, nn.LSTM, 3, 6, num_layers=2, proj_size=2, bidirectional=True)
     x = torch.randn(4, 2, 3)
@@ -242,6 +275,12 @@ def test_errors_are_torchs(ours, stock, options):
                 call(x, state)
             if not isinstance(x, PackedSequence):  # whose states torch.nn.LSTM does not check
                 assert str(found.value) == str(expected.value)
+    wide = tuple(h.double() for h in hx(1, 2, 5)) if lstm else hx(1, 2, 5).double()
+    for call in (mine, theirs):
+        with pytest.raises(RuntimeError, match="dtype"):
+            call(good, wide)
+    with pytest.raises(RuntimeError, match="h0 with torch.float64"):
+        by_layer(mine, good, wide)
     for arguments in ((0, 5), (3, 0), (3.0, 5)):
         with pytest.raises((TypeError, ValueError)) as expected:
             stock(*arguments)

@@ -27,11 +27,13 @@ import triton
 
 from fastops.kernels._common import dot_precision
 from fastops.kernels._static import StaticCase
-from fastops.kernels.layer_norm_lstm_persistent import persistent_backward_kernel, persistent_forward_kernel
+from fastops.kernels.layer_norm_lstm_row import clamp_lengths_kernel
+from fastops.kernels.layer_norm_lstm_small import small_backward_kernel, small_forward_kernel
 from fastops.kernels.layer_norm_lstm_step import step_backward_kernel, step_forward_kernel
+from fastops.kernels.rnn import errors_of
 
 BLOCK_B = 16  # the tensor core's smallest side
-MAX_HIDDEN_PERSISTENT_BACKWARD = 64
+MAX_HIDDEN_SMALL_BACKWARD = 64
 MAX_STEP_PROGRAMS = 512  # each accumulates the gradients of the gains over its rows and over time
 
 
@@ -43,7 +45,7 @@ def _step_warps(block_h: int) -> int:
     return min(16, max(1, block_h // 128))
 
 
-def _persistent_options(block_h: int, backward: bool) -> dict[str, int]:
+def _small_options(block_h: int, backward: bool) -> dict[str, int]:
     # one stage: loads kept in flight would need the shared memory that W_hh is in
     return {"num_warps": 8 if block_h > (32 if backward else 64) else 4, "num_stages": 1}
 
@@ -62,6 +64,17 @@ def _time_and_batch(x: torch.Tensor | None, batch_first: bool) -> tuple[int, int
 def _sizes(gates: torch.Tensor, batch_first: bool) -> tuple[int, int, int]:
     steps, batch = (gates.shape[1], gates.shape[0]) if batch_first else (gates.shape[0], gates.shape[1])
     return steps, batch, gates.shape[2] // 4
+
+
+def _clamped(lengths: torch.Tensor | None, steps: int) -> torch.Tensor | None:
+    """Lengths within 0..T, int32; the kernel notes a row out of range, and a later call raises."""
+    if lengths is None or lengths.numel() == 0:
+        return lengths
+    found = torch.empty_like(lengths, dtype=torch.int32)
+    batch = lengths.shape[0]
+    grid = (triton.cdiv(batch, 1024),)
+    clamp_lengths_kernel[grid](lengths.contiguous(), found, errors_of(lengths.device), steps, batch, BLOCK=1024)
+    return found
 
 
 def forward(
@@ -85,6 +98,7 @@ def forward(
 ) -> tuple[torch.Tensor, ...]:
     """Output (as gates), h_n, c_n (B, H) and, with `save`, h (T+1, B, H), c (T+1, B, H) fp32 and product (T, B, 4H)."""
     steps, batch, hidden = _sizes(gates, batch_first)
+    lengths = _clamped(lengths, steps)
     gates, w_hh, h0, c0 = gates.contiguous(), w_hh.contiguous(), h0.contiguous(), c0.contiguous()
     output = gates.new_empty((*gates.shape[:2], hidden))
     saved = (steps, batch) if save else (0, 0)
@@ -103,12 +117,12 @@ def forward(
         "BLOCK_H": _block_h(hidden),
     }
     gates_at, output_at = _time_and_batch(gates, batch_first), _time_and_batch(output, batch_first)
-    if engine == "persistent":
-        persistent_forward_kernel[(triton.cdiv(batch, BLOCK_B),)](
+    if engine == "small":
+        small_forward_kernel[(triton.cdiv(batch, BLOCK_B),)](
             gates, *gates_at, w_hh, gain, gain_c, bias_c, h0, c0, output, *output_at, h_n, c_n, h, c, product,
             mask_h, mask_c, lengths, keep_h, keep_c, eps, steps, batch, hidden,
             SAVE=save, PRECISION=_precision(gates.dtype), BLOCK_B=BLOCK_B, **options,
-            **_persistent_options(options["BLOCK_H"], False),
+            **_small_options(options["BLOCK_H"], False),
         )  # fmt: skip
         return output, h_n, c_n, h, c, product
     # without a backward pass to come, two slabs of states take turns and one holds the product
@@ -154,6 +168,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of gates, of the products by steps (T, B, 4H), of h0 and c0 (B, H), and (6H) fp32 of gains and bias."""
     steps, batch, hidden = _sizes(gates, batch_first)
+    lengths = None if lengths is None else lengths.clamp(0, steps)
     gates, w_hh = gates.contiguous(), w_hh.contiguous()
     grad_output = None if grad_output is None else grad_output.contiguous()
     grad_gates, grad_product = gates.new_empty(gates.shape), gates.new_empty((steps, batch, 4 * hidden))
@@ -164,8 +179,8 @@ def backward(
     if grad_c_n is not None:
         grad_c.copy_(grad_c_n)
     # the larger weight and twice the tiles do not fit the registers: its backward goes step by step
-    persistent = engine == "persistent" and hidden <= MAX_HIDDEN_PERSISTENT_BACKWARD
-    programs = triton.cdiv(batch, BLOCK_B) if persistent else min(batch, MAX_STEP_PROGRAMS)
+    small = engine == "small" and hidden <= MAX_HIDDEN_SMALL_BACKWARD
+    programs = triton.cdiv(batch, BLOCK_B) if small else min(batch, MAX_STEP_PROGRAMS)
     sums = gates.new_zeros((programs, 6 * hidden), dtype=torch.float32)
     if batch == 0 or steps == 0:
         return grad_gates, grad_product, grad_h.to(gates.dtype), grad_c.to(gates.dtype), sums.sum(0)
@@ -176,12 +191,12 @@ def backward(
         "BLOCK_H": _block_h(hidden),
     }
     gates_at, given_at = _time_and_batch(gates, batch_first), _time_and_batch(grad_output, batch_first)
-    if persistent:
-        persistent_backward_kernel[(programs,)](
+    if small:
+        small_backward_kernel[(programs,)](
             gates, *gates_at, w_hh, gain, gain_c, bias_c, c, product, grad_output, *given_at, mask_h, mask_c, lengths,
             grad_gates, *gates_at, grad_product, grad_h, grad_c, sums, keep_h, keep_c, eps, steps, batch, hidden,
             PRECISION=_precision(gates.dtype), BLOCK_B=BLOCK_B, **options,
-            **_persistent_options(options["BLOCK_H"], True),
+            **_small_options(options["BLOCK_H"], True),
         )  # fmt: skip
         return grad_gates, grad_product, grad_h.to(gates.dtype), grad_c.to(gates.dtype), sums.sum(0)
     through = gates.new_empty((batch, hidden))
@@ -201,15 +216,15 @@ def static_cases() -> list[StaticCase]:
     """Both forms at the sizes where they change shape."""
     cases = []
     for kernel, hidden, dtype in (
-        *((persistent_forward_kernel, h, "fp16") for h in (32, 64, 128)),
-        *((persistent_backward_kernel, h, "fp16") for h in (32, 64)),
-        *((k, 32, "fp32") for k in (persistent_forward_kernel, persistent_backward_kernel)),
+        *((small_forward_kernel, h, "fp16") for h in (32, 64, 128)),
+        *((small_backward_kernel, h, "fp16") for h in (32, 64)),
+        *((k, 32, "fp32") for k in (small_forward_kernel, small_backward_kernel)),
         *((k, h, "fp16") for k in (step_forward_kernel, step_backward_kernel) for h in (512, 1024)),
         *((k, 1024, "fp32") for k in (step_forward_kernel, step_backward_kernel)),
     ):
-        persistent, block_h = "persistent" in kernel.__name__, _block_h(hidden)
+        small, block_h = "small" in kernel.__name__, _block_h(hidden)
         absent = ("mask_h_ptr", "mask_c_ptr", "lengths_ptr")
-        single = {"c_ptr", "c_out_ptr", "grad_h_ptr", "grad_c_ptr", "sums_ptr"} - ({"c0_ptr"} if persistent else set())
+        single = {"c_ptr", "c_out_ptr", "grad_h_ptr", "grad_c_ptr", "sums_ptr"} - ({"c0_ptr"} if small else set())
         constexprs: dict[str, Any] = {
             **dict.fromkeys(absent),
             "HAS_MASKS": False,
@@ -238,13 +253,13 @@ def static_cases() -> list[StaticCase]:
                 signature=signature,
                 constexprs=constexprs,
                 **(
-                    _persistent_options(block_h, "backward" in kernel.__name__)
-                    if persistent
+                    _small_options(block_h, "backward" in kernel.__name__)
+                    if small
                     else {"num_warps": _step_warps(block_h)}
                 ),
                 divisible_by_16=tuple(aligned),
-                targets=(80, 90, 100) if persistent and block_h > 64 else (80, 86, 90, 100),
-                grid=4 if persistent else 64,
+                targets=(80, 90, 100) if small and block_h > 64 else (80, 86, 90, 100),
+                grid=4 if small else 64,
                 sample=f"B=64, H={hidden}",
             )
         )

@@ -9,7 +9,19 @@ zoneout keeps a part of the old h and c; a row that has ended keeps all of them
 import triton
 import triton.language as tl
 
-from fastops.kernels.rnn_cell import tanh
+from fastops.kernels._common import tanh
+
+
+@triton.jit
+def clamp_lengths_kernel(lengths_ptr, found_ptr, error_ptr, steps, batch, BLOCK: tl.constexpr):
+    """Lengths within 0..steps; 1 + a row whose length was not goes to the second error word."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    given = tl.load(lengths_ptr + rows, mask=rows < batch, other=0)
+    found = tl.minimum(tl.maximum(given, 0), steps).to(tl.int32)
+    tl.store(found_ptr + rows, found, mask=rows < batch)
+    wrong = tl.max(tl.where(given == found, 0, rows + 1), axis=0)
+    if wrong > 0:
+        tl.store(error_ptr + 1, wrong)
 
 
 @triton.jit

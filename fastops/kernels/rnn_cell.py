@@ -20,27 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fastops.kernels._common import relu
+from fastops.kernels._common import relu, tanh
 from fastops.kernels._static import StaticCase
 
 ELEMENTS = 512  # per program: four per thread, 8-byte loads of half precision
 MAX_BLOCK_H = 256
 NUM_WARPS = 4
-
-
-@triton.jit
-def tanh(x):
-    """Tanh of fp32 to about one unit in the last place: 1 - tanh^2 is a gradient, and magnifies an error near 1.
-
-    A polynomial (Cephes) below 0.625, where the formula with exp would cancel.
-    """
-    t = tl.exp(-2.0 * tl.abs(x))
-    large = 1.0 - 2.0 * t / (1.0 + t)
-    z = x * x
-    p = -5.70498872745e-3 * z + 2.06390887954e-2
-    p = (p * z - 5.37397155531e-2) * z + 1.33314422036e-1
-    small = (p * z - 3.33332819422e-1) * z * x + x
-    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0.0, -large, large))
 
 
 @triton.jit

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from fastops import _env
 from fastops.nn.rnn_compile import trace_through
 from fastops.nn.rnn_sequences import Packing, check_lengths
 from fastops.ops import rnn as ops
+from fastops.ops.rnn_reference import stock
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -32,6 +33,14 @@ class _Recurrent(torch.nn.RNNBase):
         if impl != "auto":
             self.impl = impl
 
+    def flatten_parameters(self) -> None:
+        """Moves the weights into one piece of memory on a GPU, as torch.nn does; results are the same without it.
+
+        Our engines do not ask for it. It is kept for calls that go to stock PyTorch, where cuDNN would copy the weights
+        and warn each time. torch.nn calls it where it is needed; there is no need to.
+        """
+        super().flatten_parameters()
+
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", impl={self.impl!r}" if self.impl != "auto" else "")
 
@@ -46,11 +55,8 @@ class _Recurrent(torch.nn.RNNBase):
             lengths = self._check_lengths(input, lengths)
         engine = self._engine(input, lengths is not None)
         if engine == "torch":
-            compiling = torch.compiler.is_compiling()
-            if lengths is not None and not compiling and (self.proj_size or input.device.type == "cpu"):
-                return self._stock_ragged(input, hx, lengths)
             # compiled, each layer is one op; exported programs hold torch's own operators, a projection is unrolled
-            one_op = compiling and not (packed or self.proj_size or torch.compiler.is_exporting())
+            one_op = torch.compiler.is_compiling() and not (packed or self.proj_size or torch.compiler.is_exporting())
             if lengths is None and not one_op:
                 return super().forward(input, hx)
         layer = self._layer(engine)
@@ -97,12 +103,14 @@ class _Recurrent(torch.nn.RNNBase):
         for first in range(0, len(weights), directions)[:2]:  # layers after the second are like it
             own = weights[first : first + directions]
             stand_in = one.expand(steps, batch, own[0][0].shape[1])
-            if ops._auto(self.mode, stand_in, None, None, own, data if ragged else None, False) != "torch":
+            if ops.choose(self.mode, stand_in, None, None, own, data if ragged else None) != "torch":
                 return True
         return False
 
     def _layer(self, engine: str) -> Layer:
         def layer(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Any, lengths: Tensor | None) -> Any:
+            if self.proj_size:
+                return stock(self.mode, x, h0, c0, weights, lengths)
             return ops.recurrent_layer(self.mode, x, h0, c0, weights, lengths, impl=engine)
 
         return layer
@@ -146,8 +154,8 @@ class _Recurrent(torch.nn.RNNBase):
         return again, finals if lstm else finals[0]
 
     def _weights(self) -> list[tuple[Any, ...]]:
-        """(w_ih, w_hh, b_ih or None, b_hh or None) of each direction of each layer."""
-        return [(*w, None, None) if len(w) == 2 else tuple(w) for w in self.all_weights]
+        """(w_ih, w_hh, b_ih or None, b_hh or None) of each direction of each layer, and w_hr where it projects."""
+        return [tuple(w) if self.bias else (*w[:2], None, None, *w[2:]) for w in self.all_weights]
 
     def _layers(
         self, x: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, layer: Layer
@@ -167,48 +175,6 @@ class _Recurrent(torch.nn.RNNBase):
         if self.mode == "LSTM":
             finals.append(torch.cat([c for c in last_c if c is not None]))
         return x, tuple(finals)
-
-    def _stock_ragged(self, input: Tensor, hx: Any, lengths: Tensor | None) -> Any:
-        """Stock PyTorch on a PackedSequence of the rows that have any step; rows of length 0 keep their state."""
-        assert lengths is not None
-        lstm = self.mode == "LSTM"
-        batch_dim = 0 if self.batch_first else 1
-        batch, steps = input.shape[batch_dim], input.shape[1 - batch_dim]
-        some = lengths.nonzero().squeeze(1)
-        states = () if hx is None else tuple(hx) if lstm else (hx,)
-        for s in states:
-            if s.dim() != 3:
-                return super().forward(input, hx)  # torch says what is wrong
-        if states:
-            self.check_forward_args(input, states if lstm else states[0], None)  # type: ignore[arg-type]
-        if len(some) == 0 and steps:
-            return self._nothing(input, states)
-        every = len(some) == batch
-        x = input if every else input.index_select(batch_dim, some)
-        few = states if every else tuple(s.index_select(1, some) for s in states)
-        packed = pack_padded_sequence(x, lengths[some].cpu(), self.batch_first, enforce_sorted=False)
-        output, finals = super().forward(packed, None if hx is None else few if lstm else few[0])
-        output, _ = pad_packed_sequence(output, self.batch_first, total_length=steps)
-        if not every:
-            output = output.new_zeros([batch if k == batch_dim else n for k, n in enumerate(output.shape)]).index_copy(
-                batch_dim, some, output
-            )
-            wide = []
-            for k, final in enumerate(finals if lstm else (finals,)):
-                start = states[k].to(final.dtype) if states else final.new_zeros(final.shape[0], batch, final.shape[2])
-                wide.append(start.index_copy(1, some, final))
-            finals = tuple(wide) if lstm else wide[0]
-        return output, finals
-
-    def _nothing(self, input: Tensor, states: tuple[Tensor, ...]) -> Any:
-        """What rows without a step give: outputs 0, and the states they came with."""
-        self.check_input(input, None)
-        directions = 2 if self.bidirectional else 1
-        sizes = [self.proj_size or self.hidden_size] + [self.hidden_size] * (self.mode == "LSTM")
-        batch = input.shape[0 if self.batch_first else 1]
-        finals = states or tuple(input.new_zeros(self.num_layers * directions, batch, size) for size in sizes)
-        output = input.new_zeros(*input.shape[:2], directions * sizes[0])
-        return output, tuple(finals) if self.mode == "LSTM" else finals[0]
 
 
 class LSTM(_Recurrent, torch.nn.LSTM):

@@ -44,7 +44,7 @@ class LayerNormLSTM(_Recurrent):
         eps: of the normalisations.
         device: of the parameters.
         dtype: of the parameters.
-        impl: "auto", "triton", "persistent", "step" or "torch", see `fastops.ops.layer_norm_lstm`.
+        impl: "auto", "triton", "small", "step" or "torch", see `fastops.ops.layer_norm_lstm`.
     """
 
     # the checks of a net with two states
@@ -133,6 +133,10 @@ class LayerNormLSTM(_Recurrent):
             raise RuntimeError(f"For {input.dim()}-D input, hx and cx should also be {input.dim()}-D but got ({got})")
         if lengths is not None:
             lengths = self._check_lengths(input, lengths)
+            # NaN in the padding would reach the gradients of w_ih and its gain, as a factor of zero
+            time = torch.arange(input.shape[1 if self.batch_first else 0], device=input.device)
+            padding = time >= lengths.unsqueeze(1) if self.batch_first else time.unsqueeze(1) >= lengths
+            input = input.masked_fill(padding.unsqueeze(-1), 0)
         return self._padded(input, hx, lengths, self._run)
 
     def _weights(self) -> list[tuple[Any, ...]]:
@@ -152,8 +156,6 @@ class LayerNormLSTM(_Recurrent):
                 weights = [tuple(None if w is None else w.to(dtype) for w in own) for own in weights]
                 return self._run(x.to(dtype), h0, c0, weights, lengths)
         steps, batch, hidden = x.shape[0], x.shape[1], self.hidden_size
-        if lengths is not None:
-            lengths = lengths.clamp(0, steps)  # read by the kernel as indices; on a GPU nobody has looked at them
         found = []
         for direction, (w_ih, w_hh, b_ih, b_hh, gain_ih, gain_hh, gain_c, bias_c) in enumerate(weights):
             bias = None if b_ih is None else b_ih + b_hh

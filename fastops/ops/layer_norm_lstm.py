@@ -25,13 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastops import _env, _library, tuning
+from fastops.ops.rnn_check import check_lengths
 
 __all__ = ["layer_norm_lstm"]
 
-ENGINES = ("auto", "triton", "persistent", "step", "torch")
+ENGINES = ("auto", "triton", "persistent", "small", "step", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_PERSISTENT = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 32}
-MAX_PERSISTENT_SMALL_CHIP = 64  # W_hh of 128 units is 128 KiB, more than consumer GPUs have
+MAX_SMALL = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 32}
+MAX_SMALL_ELSEWHERE = 64  # W_hh of 128 units is 128 KiB, more than consumer GPUs have
 LARGE_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 MAX_STEP = 1024
 ROWS = tuning.load("layer_norm_lstm")
@@ -58,6 +59,7 @@ def reference(
     x = gates.transpose(0, 1) if batch_first else gates
     steps, _, hidden = x.shape[0], x.shape[1], w_hh.shape[1]
     if lengths is not None:
+        lengths = lengths.clamp(0, steps)  # read as indices; on a GPU nobody has looked at them
         ended = torch.arange(steps, device=x.device).unsqueeze(-1) >= lengths
         x = x.masked_fill(ended.unsqueeze(-1), 0)
         if reverse:
@@ -99,9 +101,11 @@ def why_not(gates: Tensor, hidden: int, engine: str = "triton") -> str | None:
     if reason is not None:
         return reason
     if engine == "persistent":
-        limit = MAX_PERSISTENT[gates.dtype]
+        return "each step normalises over all units of a row, so a row is never spread over programs: use small or step"
+    if engine == "small":
+        limit = MAX_SMALL[gates.dtype]
         if gates.device.type == "cuda" and _env.capability(_env.index_of(gates.device)) not in LARGE_SHARED_MEMORY:
-            limit = min(limit, MAX_PERSISTENT_SMALL_CHIP)
+            limit = min(limit, MAX_SMALL_ELSEWHERE)
         if hidden > limit:
             return f"all steps in one launch need hidden_size <= {limit} for {gates.dtype} here, got {hidden}"
     elif hidden > MAX_STEP:
@@ -110,12 +114,12 @@ def why_not(gates: Tensor, hidden: int, engine: str = "triton") -> str | None:
 
 
 def choose(gates: Tensor, hidden: int, impl: str) -> str:
-    """The engine to run: "persistent", "step" or "torch"."""
+    """The engine to run: "small", "step" or "torch"."""
     engine = _env.choose_impl(impl, ENGINES)
     if engine == "auto":
         if gates.device.type != "cuda":
             return "torch"
-        able = {name: why_not(gates, hidden, name) is None for name in ("persistent", "step")}
+        able = {name: why_not(gates, hidden, name) is None for name in ("small", "step")}
         facts = {**able, "hidden": hidden, "dtype": str(gates.dtype).removeprefix("torch.")}
         if not any(able.values()):
             return "torch"
@@ -126,7 +130,7 @@ def choose(gates: Tensor, hidden: int, impl: str) -> str:
     if reason is not None:
         raise _env.KernelUnavailable(f"layer_norm_lstm(impl={engine!r}): {reason}")
     if engine == "triton":
-        return "persistent" if why_not(gates, hidden, "persistent") is None else "step"
+        return "small" if why_not(gates, hidden, "small") is None else "step"
     return engine
 
 
@@ -177,6 +181,20 @@ def _backward_fake(
     )
 
 
+def _flops(gates: Any, w_hh: Any) -> int:
+    """2 T B H 4H: the recurrent product, or the product that gives the gradient of h."""
+    return 2 * int(gates[0] * gates[1] * w_hh[0] * w_hh[1])
+
+
+def _forward_flops(gates: Any, w_hh: Any, *_: Any, **__: Any) -> int:
+    return _flops(gates, w_hh)
+
+
+def _backward_flops(grad_output: Any, grad_h_n: Any, grad_c_n: Any, gates: Any, w_hh: Any, *_: Any, **__: Any) -> int:
+    """The gradient of w_hh is a product of its own, and counted there."""
+    return _flops(gates, w_hh)
+
+
 _OPTIONS = "float keep_h, float keep_c, float eps, bool reverse, bool batch_first"
 _MASKS = "Tensor? mask_h, Tensor? mask_c, Tensor? lengths"
 _forward = _library.define(
@@ -185,6 +203,7 @@ _forward = _library.define(
     f"{_OPTIONS}, bool save, str engine) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastops.kernels.layer_norm_lstm:forward",
     _forward_fake,
+    _forward_flops,
 )
 _backward = _library.define(
     "layer_norm_lstm_backward",
@@ -193,6 +212,7 @@ _backward = _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "fastops.kernels.layer_norm_lstm:backward",
     _backward_fake,
+    _backward_flops,
 )
 
 
@@ -263,14 +283,15 @@ def layer_norm_lstm(
         c0: (B, H).
         mask_h: (T, B, H) bool, in the order in which steps are run, True where h is replaced; with mask_c.
         mask_c: the same for c.
-        lengths: (B,) integers in [0, T] on the same device, or None.
+        lengths: (B,) integers in [0, T] on the same device, or None. On a GPU nothing waits to look at them: they are
+            clamped, and one out of range raises ValueError in a later call of the kernels.
         keep_h: how much of h is replaced where there is no mask.
         keep_c: the same for c.
         eps: of the normalisations.
         reverse: run from the last step to the first.
         batch_first: whether gates and output are (B, T, ...).
-        impl: "auto", "triton" (whichever of the next two can), "persistent" (all steps in one launch, small H),
-            "step" (two launches a step) or "torch".
+        impl: "auto", "triton" (whichever of the next two can), "small" (all steps in one launch, small H), "step" (two
+            launches a step), "torch", or "persistent", which is an engine of `fastops.ops.rnn` and cannot run here.
 
     Returns:
         output as gates, but with H features; h_n and c_n (B, H).
@@ -292,7 +313,6 @@ def layer_norm_lstm(
         "c0": (c0, (batch, hidden)),
         "mask_h": (mask_h, (steps, batch, hidden)),
         "mask_c": (mask_c, (steps, batch, hidden)),
-        "lengths": (lengths, (batch,)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is None:
@@ -301,10 +321,16 @@ def layer_norm_lstm(
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.device != gates.device:
             raise ValueError(f"{name} is on {tensor.device}, gates are on {gates.device}")
-        if name not in ("mask_h", "mask_c", "lengths") and tensor.dtype != gates.dtype:
+        if name not in ("mask_h", "mask_c") and tensor.dtype != gates.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, gates are {gates.dtype}; they must be the same")
     if (mask_h is None) != (mask_c is None):
         raise ValueError("mask_h and mask_c go together")
+    for name, mask in (("mask_h", mask_h), ("mask_c", mask_c)):
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"{name} must be bool, got {mask.dtype}")
+    if lengths is not None:
+        check_lengths(lengths, batch, steps, gates.device)
+        lengths = lengths.to(torch.int32)
     tensors = (gates, w_hh, gain_hh, gain_c, bias_c, h0, c0)
     rest: Any = (mask_h, mask_c, lengths, keep_h, keep_c, eps, reverse, batch_first)
     engine = choose(gates, hidden, impl)
@@ -317,5 +343,5 @@ def layer_norm_lstm(
 def explain_auto() -> list[dict[str, str]]:
     """What "auto" runs for typical calls, for `fastops env`."""
     cases = (("H=64 fp16", True), ("H=512 fp16", False))
-    rows = [(text, tuning.choose(ROWS, {"persistent": small, "step": True})) for text, small in cases]
+    rows = [(text, tuning.choose(ROWS, {"small": small, "step": True})) for text, small in cases]
     return [{"op": "layer_norm_lstm", "example": text, "engine": row.engine, "why": row.why} for text, row in rows]

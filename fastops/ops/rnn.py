@@ -35,7 +35,7 @@ from fastops.ops.rnn_check import check
 from fastops.ops.rnn_launch import split
 from fastops.ops.rnn_reference import Weights, reference, stock
 
-__all__ = ["ENGINES", "explain_auto", "recurrent_layer", "reference", "why_not"]
+__all__ = ["ENGINES", "choose", "explain_auto", "recurrent_layer", "reference", "why_not"]
 
 ENGINES = ("auto", "triton", "persistent", "small", "step", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -316,17 +316,7 @@ def _run(
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     check(mode, input, h0, c0, weights, lengths, batch_first)
-    if engine == "auto":
-        engine = _auto(mode, input, h0, c0, weights, lengths, batch_first)
-    elif engine == "triton":
-        reason = why_not(mode, input, h0, c0, weights, lengths, batch_first, engine)
-        if reason is None:
-            small = why_not(mode, input, h0, c0, weights, lengths, batch_first, "small")
-            engine = "small" if small is None else "persistent"
-    else:
-        reason = why_not(mode, input, h0, c0, weights, lengths, batch_first, engine)
-    if engine != "torch" and reason is not None:
-        raise _env.KernelUnavailable(f"recurrent_layer(impl={engine!r}): {reason}")
+    engine = choose(mode, input, h0, c0, weights, lengths, batch_first, engine)
     if engine == "torch" and not torch.compiler.is_compiling():
         return stock(mode, input, h0, c0, weights, lengths, batch_first)
     flat = [w for each in weights for w in each if w is not None]
@@ -347,16 +337,35 @@ def _run(
     return output, h_n, c_n if mode == "LSTM" else None
 
 
-def _auto(
+def choose(
     mode: str,
     input: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Weights],
-    lengths: Tensor | None,
-    batch_first: bool,
+    lengths: Tensor | None = None,
+    batch_first: bool = False,
+    impl: str = "auto",
 ) -> str:
-    """The engine the table names for this call, where it can run; else stock PyTorch."""
+    """The engine that runs this call: "small", "persistent", "step" or "torch". Reads metadata only.
+
+    For "auto" it is the one the table names, where it can run, else stock PyTorch. "triton" is small, else persistent.
+    An engine asked for by name that cannot run raises KernelUnavailable.
+    """
+    engine = _env.choose_impl(impl, ENGINES)
+    call = (mode, input, h0, c0, weights, lengths, batch_first)
+    if engine == "auto":
+        engine = _from_table(mode, input, weights, lengths, batch_first)
+        return engine if why_not(*call, engine) is None else "torch"
+    reason = why_not(*call, engine)
+    if reason is not None:
+        raise _env.KernelUnavailable(f"recurrent_layer(impl={engine!r}): {reason}")
+    if engine == "triton":
+        return "small" if why_not(*call, "small") is None else "persistent"
+    return engine
+
+
+def _from_table(mode: str, input: Tensor, weights: Sequence[Weights], lengths: Tensor | None, batch_first: bool) -> str:
     if input.device.type != "cuda" or input.numel() == 0:
         return "torch"
     index = _env.index_of(input.device)
@@ -374,10 +383,7 @@ def _auto(
         "capability": 10 * major + minor,
         "gpu": _env.device_name(index),
     }
-    engine = tuning.choose(ROWS, facts).engine
-    if engine != "torch" and why_not(mode, input, h0, c0, weights, lengths, batch_first, engine) is not None:
-        return "torch"
-    return engine
+    return tuning.choose(ROWS, facts).engine
 
 
 def explain_auto() -> list[dict[str, str]]:

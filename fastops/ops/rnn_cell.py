@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastops import _env, _library, tuning
 
-__all__ = ["gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"]
+__all__ = ["choose", "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"]
 
 ENGINES = ("auto", "triton", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -111,6 +111,11 @@ def _rnn_backward_fake(grad: Tensor, h_out: Tensor, tanh: bool) -> Tensor:
     return h_out.new_empty(h_out.shape)
 
 
+def _no_flops(*_: Any, **__: Any) -> int:
+    """The products are torch's, and counted there; the pointwise rest is not counted, as for torch's own."""
+    return 0
+
+
 KERNELS = "fastops.kernels.rnn_cell:"
 _PRODUCTS = "Tensor product_x, Tensor product_h, Tensor? b_ih, Tensor? b_hh"
 _lstm_forward = _library.define(
@@ -118,30 +123,42 @@ _lstm_forward = _library.define(
     f"({_PRODUCTS}, Tensor c) -> (Tensor, Tensor, Tensor)",
     KERNELS + "lstm_cell_forward",
     _lstm_forward_fake,
+    _no_flops,
 )
 _lstm_backward = _library.define(
     "lstm_cell_backward",
     "(Tensor? grad_h, Tensor? grad_c, Tensor c, Tensor c_out, Tensor gates) -> (Tensor, Tensor)",
     KERNELS + "lstm_cell_backward",
     _lstm_backward_fake,
+    _no_flops,
 )
 _gru_forward = _library.define(
-    "gru_cell_forward", f"({_PRODUCTS}, Tensor h) -> (Tensor, Tensor)", KERNELS + "gru_cell_forward", _gru_forward_fake
+    "gru_cell_forward",
+    f"({_PRODUCTS}, Tensor h) -> (Tensor, Tensor)",
+    KERNELS + "gru_cell_forward",
+    _gru_forward_fake,
+    _no_flops,
 )
 _gru_backward = _library.define(
     "gru_cell_backward",
     "(Tensor grad, Tensor h, Tensor gates) -> (Tensor, Tensor, Tensor)",
     KERNELS + "gru_cell_backward",
     _gru_backward_fake,
+    _no_flops,
 )
 _rnn_forward = _library.define(
-    "rnn_cell_forward", f"({_PRODUCTS}, bool tanh) -> Tensor", KERNELS + "rnn_cell_forward", _rnn_forward_fake
+    "rnn_cell_forward",
+    f"({_PRODUCTS}, bool tanh) -> Tensor",
+    KERNELS + "rnn_cell_forward",
+    _rnn_forward_fake,
+    _no_flops,
 )
 _rnn_backward = _library.define(
     "rnn_cell_backward",
     "(Tensor grad, Tensor h_out, bool tanh) -> Tensor",
     KERNELS + "rnn_cell_backward",
     _rnn_backward_fake,
+    _no_flops,
 )
 
 
@@ -268,7 +285,8 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _engine(impl: str, input: Tensor) -> str:
+def choose(impl: str, input: Tensor) -> str:
+    """The engine that runs this call: "triton" or "torch"; "auto" follows the table."""
     engine = _env.choose_impl(impl, ENGINES)
     if engine != "auto":
         return engine
@@ -288,7 +306,7 @@ def _cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> Any:
-    if _engine(impl, input) == "torch":
+    if choose(impl, input) == "torch":
         return STOCK[name](input, hx, w_ih, w_hh, b_ih, b_hh)
     states = hx if name == "lstm_cell" else (hx,)
     if name == "lstm_cell" and (not isinstance(hx, tuple | list) or len(hx) != 2):

@@ -90,5 +90,10 @@ def _check_places(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: 
                 f"Input and {name} tensors are not at the same device, found input tensor at {input.device} and "
                 f"{name} tensor at {tensor.device}"
             )
+        if tensor.dtype != input.dtype and name in ("h0", "c0"):
+            raise RuntimeError(
+                f"Input and hidden tensors are not the same dtype, found input tensor with {input.dtype} and "
+                f"{name} with {tensor.dtype}"
+            )
         if tensor.dtype != input.dtype:
             raise ValueError(f"RNN input dtype ({input.dtype}) does not match {name} dtype ({tensor.dtype})")

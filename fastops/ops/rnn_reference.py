@@ -96,6 +96,8 @@ def stock(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`recurrent_layer` through torch.lstm, torch.gru or torch.rnn_*, which run cuDNN on a GPU.
 
+    Weights with a fifth tensor w_hr (P, H) are those of an LSTM with a projection: h has P numbers, c has H.
+
     Rows of different lengths need no packing: a reverse direction reads each row reversed within its length, outputs
     past the end are zeroed, h_n is picked from the output, and for c_n an extra input column, 1 in the padding, shuts
     the input gate and opens the forget gate, so that the cell state passes through the padding unchanged.
@@ -103,13 +105,12 @@ def stock(
     if lengths is not None:
         return _stock_ragged(mode, input, h0, c0, weights, lengths, batch_first)
     batch = input.shape[0 if batch_first else 1]
-    shape = (len(weights), batch, weights[0][1].shape[1])
-    h0 = input.new_zeros(shape) if h0 is None else h0
-    c0 = input.new_zeros(shape) if c0 is None else c0
+    h0 = input.new_zeros(len(weights), batch, weights[0][1].shape[1]) if h0 is None else h0
     flat = [w for direction in weights for w in direction if w is not None]
     has_bias = weights[0][2] is not None
     options = (has_bias, 1, 0.0, False, len(weights) == 2, batch_first)
     if mode == "LSTM":
+        c0 = input.new_zeros(len(weights), batch, weights[0][0].shape[0] // 4) if c0 is None else c0
         return torch.lstm(input, (h0, c0), flat, *options)
     function = {"GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}[mode]
     output, h_n = function(input, h0, flat, *options)
@@ -127,15 +128,15 @@ def _stock_ragged(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     x = input.transpose(0, 1) if batch_first else input
     steps, batch, _ = x.shape
-    hidden = weights[0][1].shape[1]
-    lengths = lengths.to(torch.int64)
+    seen, hidden = weights[0][1].shape[1], weights[0][0].shape[0] // GATES[mode]
+    lengths = lengths.to(torch.int64).clamp(0, steps)  # read as indices; on a GPU nobody has looked at them
     padding = _padding(lengths, steps).unsqueeze(-1)
     x = x.masked_fill(padding, 0)
     time = torch.arange(steps, device=x.device).unsqueeze(-1)
     mirror = torch.where(time < lengths, lengths - 1 - time, time).unsqueeze(-1)
-    last = (lengths - 1).clamp(min=0).view(1, batch, 1).expand(1, batch, hidden)
+    last = (lengths - 1).clamp(min=0).view(1, batch, 1).expand(1, batch, seen)
     outputs, last_h, last_c = [], [], []
-    for direction, (w_ih, w_hh, b_ih, b_hh) in enumerate(weights):
+    for direction, (w_ih, *others) in enumerate(weights):
         own_x = x.gather(0, mirror.expand_as(x)) if direction else x
         if mode == "LSTM":
             shut = w_ih.new_zeros(4, hidden)
@@ -144,9 +145,9 @@ def _stock_ragged(
             w_ih = torch.cat([w_ih, shut.view(-1, 1)], -1)
         own_h0 = None if h0 is None else h0[direction : direction + 1]
         own_c0 = None if c0 is None else c0[direction : direction + 1]
-        y, _, c_n = stock(mode, own_x, own_h0, own_c0, [(w_ih, w_hh, b_ih, b_hh)])
+        y, _, c_n = stock(mode, own_x, own_h0, own_c0, [(w_ih, *others)])  # type: ignore[list-item]
         h_n = y.gather(0, last)
-        start = y.new_zeros(1, batch, hidden) if own_h0 is None else own_h0.to(y.dtype)
+        start = y.new_zeros(1, batch, seen) if own_h0 is None else own_h0.to(y.dtype)
         last_h.append(torch.where((lengths > 0).view(1, batch, 1), h_n, start))
         last_c.append(c_n)
         y = y.gather(0, mirror.expand_as(y)) if direction else y

@@ -32,7 +32,7 @@ def _last_step(rows, batch, steps, lengths_ptr, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def persistent_forward_kernel(
+def small_forward_kernel(
     gates_ptr, stride_gt, stride_gb,  # (T, B, 4H), input product, normalised, biases added
     w_ptr,  # (4H, H)
     gain_ptr, gain_c_ptr, bias_c_ptr,  # (4H), (H), (H)
@@ -111,7 +111,7 @@ def persistent_forward_kernel(
 
 
 @triton.jit
-def persistent_backward_kernel(
+def small_backward_kernel(
     gates_ptr, stride_gt, stride_gb,  # (T, B, 4H) by time
     w_ptr, gain_ptr, gain_c_ptr, bias_c_ptr,  # (4H, H), (4H), (H), (H)
     c_ptr,  # (T+1, B, H) fp32 by steps
