@@ -13,7 +13,7 @@ from fastops.profiling.advice import Replacement, advise
 from fastops.profiling.attribute import ACCUMULATION, OPTIMIZER
 from fastops.profiling.ceilings import Ceilings
 from fastops.profiling.paired import from_pairs
-from fastops.profiling.summary import short_name, summarise
+from fastops.profiling.summary import KernelRow, ModuleRow, StepSummary, Summary, short_name, summarise
 from fastops.profiling.trace import MODULE_RANGE, STEP_MARK, parse
 
 
@@ -492,6 +492,16 @@ def test_the_tree_is_shown_depth_first():
     trace = [*gpu_trace(), event("user_annotation", MODULE_RANGE + "Net.relu.late", 115, 5)]
     shown = [row.path for row in summarise(parse(trace), kinds, []).modules]
     assert shown == ["Net", "Net.relu", "Net.relu.late", "Net.conv"]
+
+
+@pytest.mark.parametrize(("average_us", "advised"), [(5, True), (2000, False)])
+def test_only_small_optimizer_operations_are_worth_fusing(average_us, advised):
+    total = 30 * average_us / 1e3
+    kernels = [KernelRow("aten::add_", "aten::add_", 30, total, 50.0, modules=[OPTIMIZER])]
+    rows = [ModuleRow(OPTIMIZER, "", 0, total_ms=total)]
+    step = StepSummary("cpu", 3, 2 * total, total, 0.0, 0.0, 0.0, 100.0, "host")
+    found = advise(Summary(step, rows, kernels, [], []))
+    assert any("fused" in advice.what for advice in found) == advised
 
 
 def test_launches_tell_proton_their_bytes():

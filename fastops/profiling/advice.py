@@ -14,6 +14,7 @@ from fastops.profiling.attribute import DATA, OPTIMIZER
 from fastops.profiling.summary import KernelRow, ModuleRow, Summary
 
 CELLS = {"LSTMCell": "LSTM", "GRUCell": "GRU", "RNNCell": "RNN"}
+SMALL_US = 20.0
 WORTH_PERCENT = 2.0  # smaller savings are not worth a reader's time
 
 
@@ -166,13 +167,15 @@ def _loading(summary: Summary) -> Iterator[Advice]:
 def _optimizer(summary: Summary) -> Iterator[Advice]:
     row = next((row for row in summary.modules if row.path == OPTIMIZER), None)
     launched = [kernel for kernel in summary.kernels if kernel.modules == [OPTIMIZER]]
-    if row is not None and _count(launched) > 20 and not any("fused" in k.full_name.lower() for k in launched):
+    # long operations wait for memory, which the fused form must read and write as well
+    small = [kernel for kernel in launched if kernel.average_us < SMALL_US]
+    if row is not None and _count(small) > 20 and not any("fused" in k.full_name.lower() for k in launched):
         yield Advice(
             "the optimizer's fused form",
-            f"its step is {_count(launched)} small operations, {row.total_ms:.3f} ms",
+            f"its step has {_count(small)} operations under {SMALL_US:.0f} us, and takes {row.total_ms:.3f} ms",
             "torch.optim.AdamW(..., fused=True) (Adam, AdamW, SGD and Adagrad have it)",
             "medium",
-            0.5 * row.total_ms,
+            0.5 * sum(kernel.total_ms for kernel in small),
         )
 
 
