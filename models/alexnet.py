@@ -26,7 +26,7 @@ def pool() -> list[nn.Module]:
 
 
 class AlexNet(nn.Module):
-    """(N, 3, 224, 224) images to (N, num_classes) logits; images of 159 x 159 and more fit."""
+    """(N, 3, 224, 224) images to (N, num_classes) logits; images of 127 x 127 and more fit."""
 
     def __init__(self, num_classes: int = 1000, dropout: float = 0.5) -> None:
         super().__init__()

@@ -22,16 +22,37 @@ def small(model):
 
 def test_the_network_is_the_one_described():
     model = AlexNet().eval()
-    shapes = [tuple(p.shape) for p in model.features.parameters() if p.dim() == 4]
-    assert shapes == [
-        (64, 3, 11, 11),
-        (192, 64, 5, 5),
-        (384, 192, 3, 3),
-        (256, 384, 3, 3),
-        (256, 256, 3, 3),
-        (384, 256, 3, 3),
-        (256, 384, 3, 3),
-        (256, 256, 3, 3),
+
+    def described(layer):
+        if isinstance(layer, nn.Conv2d):
+            assert (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
+            assert layer.bias is not None
+            height, width = zip(layer.kernel_size, layer.stride, layer.padding, strict=True)
+            assert height == width
+            return "conv", layer.in_channels, layer.out_channels, *height
+        if isinstance(layer, nn.MaxPool2d):
+            assert (layer.padding, layer.dilation, layer.ceil_mode) == (0, 1, False)
+            return "pool", layer.kernel_size, layer.stride
+        if isinstance(layer, nn.Linear):
+            assert layer.bias is not None
+            return "linear", layer.in_features, layer.out_features
+        return (type(layer).__name__,)
+
+    relu, pool = ("ReLU",), ("pool", 3, 2)
+    assert [described(layer) for layer in model.features] == [
+        *(("conv", 3, 64, 11, 4, 2), relu, pool),
+        *(("conv", 64, 192, 5, 1, 2), relu, pool),
+        *(("conv", 192, 384, 3, 1, 1), relu),
+        *(("conv", 384, 256, 3, 1, 1), relu),
+        *(("conv", 256, 256, 3, 1, 1), relu, pool),
+        *(("conv", 256, 384, 3, 1, 1), relu),
+        *(("conv", 384, 256, 3, 1, 1), relu),
+        *(("conv", 256, 256, 3, 1, 1), relu, pool),
+    ]
+    assert model.avgpool.output_size == (1, 1)
+    assert [described(layer) for layer in model.classifier] == [
+        *(("Dropout",), ("linear", 256, 4096), relu),
+        *(("linear", 4096, 4096), relu, ("linear", 4096, 1000)),
     ]
     sizes = []
     for layer in model.features:
@@ -53,7 +74,7 @@ def test_the_fused_network_has_the_same_state():
     kinds = [type(layer) for layer in fast.features if not isinstance(layer, nn.Identity)]
     with_pool, alone = fastops.nn.Conv2dReLUMaxPool2d, fastops.nn.Conv2dReLU
     assert kinds == [with_pool, with_pool, alone, alone, with_pool, alone, alone, with_pool]
-    images = torch.randn(1, 3, 160, 160)
+    images = torch.randn(1, 3, 127, 127)
     with torch.no_grad():
         torch.testing.assert_close(fast(images), model.eval()(images))
 
@@ -63,7 +84,7 @@ def test_the_fused_network_has_the_same_state():
 def test_features_train_alike_on_every_engine(impl):
     model = small(AlexNet())
     fast = fused(model, impl)
-    images = torch.randn(1, 3, 159, 159)
+    images = torch.randn(1, 3, 127, 127)
     expected = model.features(images)
     found = fast.features(images)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
