@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastops
 from fastops.ops import attention as op
+from fastops.ops import attention_reference
 from fastops.ops.attention_ops import backward_op, forward_op
 
 sdpa = fastops.scaled_dot_product_attention
@@ -201,13 +202,28 @@ def test_an_explicit_engine_says_why_it_cannot(change, words):
 
 def test_cpu_lengths_do_not_pay_for_padding():
     """Keys past a length are not even touched: the stock call gets slices."""
-    q, k, v = trio(3, 2, Sq=8, Sk=8)
-    lengths = torch.tensor([8, 0, 3])
+    q, k, v = trio(3, 1, Sq=512, Sk=512, D=64)
+    lengths = torch.tensor([512, 0, 192])
     with FlopCounterMode(display=False) as sliced:
         sdpa(q, k, v, key_lengths=lengths)
     with FlopCounterMode(display=False) as whole:
         F.scaled_dot_product_attention(q, k, v)
-    assert sliced.get_total_flops() * 3 * 8 == whole.get_total_flops() * 11
+    assert sliced.get_total_flops() * 3 * 512 == whole.get_total_flops() * 704
+
+
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+def test_cpu_slices_equal_the_mask(masked, monkeypatch):
+    q, k, v = trio(4, 2, grad=True)
+    mask = {None: None, "bool": torch.rand(4, 1, 5, 7) > 0.2, "float": torch.randn(5, 1)}[masked]
+    lengths = {"key_lengths": torch.tensor([7, 3, 3, 0]), "query_lengths": torch.tensor([5, 2, 2, 5])}
+    results = []
+    for worth in (0, 10**12):
+        monkeypatch.setattr(attention_reference, "WORTH_A_CALL", worth)
+        out = sdpa(q, k, v, mask, alibi_slopes=torch.rand(2).fill_(0.3), **lengths, impl="torch")
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert all((x[3] == 0).all() for x in results[0])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

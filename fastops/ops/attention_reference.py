@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+WORTH_A_CALL = 8_000_000  # multiply-adds saved on a CPU that pay for one more call of stock attention
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def stock(
         out = _sliced(query, key, value, attn_mask, options, key_lengths, query_lengths, alibi_slopes, enable_gqa)
         if out is not None:
             return out, None
-    if key_lengths is not None:
+    if key_lengths is not None and not (can_slice and _finite(key, value)):
         # 0 x NaN is NaN: what lies past a length must not be read as a number
         dead = past(key_lengths, key.shape[-2])[..., None, :, None]
         key, value = key.masked_fill(dead, 0.0), value.masked_fill(dead, 0.0)
@@ -230,43 +233,52 @@ def _sliced(
         return None
     if not any(a and b for a, b in pairs):
         return None
+    saved = query.shape[1] * query.shape[-1] * (batch * q_len * k_len - sum(a * b for a, b in pairs))
+    if saved < WORTH_A_CALL * len(list(itertools.groupby(pairs))):
+        return None
     if attn_mask is not None:
         while attn_mask.dim() < 4:
             attn_mask = attn_mask[None]
         attn_mask = attn_mask.expand(batch, -1, -1, -1)
-    parts = []
+    runs = [(pair, len(list(same))) for pair, same in itertools.groupby(pairs)]
+    # split, not sliced: the gradient of a slice is as large as the whole
+    pieces = zip(*(x.split([count for _, count in runs]) for x in (query, key, value)), strict=True)
+    parts = []  # (B, S, H, D), as stock lays them out: joined by plain copies
     start = 0
-    while start < batch:
-        stop = start + 1
-        while stop < batch and pairs[stop] == pairs[start]:
-            stop += 1
-        rows, keys = pairs[start]
-        here = slice(start, stop)
+    for ((rows, keys), count), (q, k, v) in zip(runs, pieces, strict=True):
+        here = slice(start, start + count)
+        start += count
         if rows == 0 or keys == 0:
-            part = query.new_zeros((stop - start, query.shape[1], q_len, value.shape[-1]))
-        else:
-            mask = None
-            if attn_mask is not None:
-                mask = attn_mask[here]
-                mask = mask if mask.shape[-2] == 1 else mask[..., :rows, :]
-                mask = mask if mask.shape[-1] == 1 else mask[..., :keys]
-            slopes = alibi_slopes
-            if slopes is not None and slopes.dim() > 1:
-                slopes = slopes[here] if slopes.shape[0] > 1 else slopes
-            part, _ = stock(
-                query[here, :, :rows],
-                key[here, :, :keys],
-                value[here, :, :keys],
-                mask,
-                options,
-                alibi_slopes=slopes,
-                enable_gqa=enable_gqa,
-            )
-            if rows < q_len:
-                part = F.pad(part, (0, 0, 0, q_len - rows))
-        parts.append(part)
-        start = stop
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+            parts.append(query.new_zeros((count, q_len, query.shape[1], value.shape[-1])))
+            continue
+        mask = None
+        if attn_mask is not None:
+            mask = attn_mask[here]
+            mask = mask if mask.shape[-2] == 1 else mask[..., :rows, :]
+            mask = mask if mask.shape[-1] == 1 else mask[..., :keys]
+        slopes = alibi_slopes
+        if slopes is not None and slopes.dim() > 1:
+            slopes = slopes[here] if slopes.shape[0] > 1 else slopes
+        part, _ = stock(
+            q[:, :, :rows],
+            k[:, :, :keys],
+            v[:, :, :keys],
+            mask,
+            options,
+            alibi_slopes=slopes,
+            enable_gqa=enable_gqa,
+        )
+        part = part.transpose(1, 2)
+        parts.append(F.pad(part, (0, 0, 0, 0, 0, q_len - rows)) if rows < q_len else part)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(1, 2)
+
+
+def _finite(*tensors: Tensor) -> bool:
+    """Whether their sums are, read on the host; False where there is nothing to read."""
+    try:
+        return all(bool(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) for x in tensors)
+    except RuntimeError:
+        return False
 
 
 def packed(
