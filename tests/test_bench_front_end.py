@@ -15,7 +15,8 @@ SELECT = ["--bench-op", "rnn", "-k", "infer and (eager or fastops) and not small
 
 def pytest_bench(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+    for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):  # it is a session of its own
+        environment.pop(name, None)
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", *SELECT, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
 

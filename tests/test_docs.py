@@ -17,7 +17,7 @@ def blocks():
             yield pytest.param(page, found, id=page.name)
 
 
-@pytest.mark.parametrize(("page", "code"), blocks())
+@pytest.mark.parametrize(("page", "code"), list(blocks()))
 def test_code_blocks_run(page, code, tmp_path, monkeypatch):
     if any("transformers" in block for block in code):
         pytest.importorskip("transformers")
