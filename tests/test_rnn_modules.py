@@ -279,7 +279,7 @@ def test_errors_are_torchs(ours, stock, options):
     for call in (mine, theirs):
         with pytest.raises(RuntimeError, match="dtype"):
             call(good, wide)
-    with pytest.raises(RuntimeError, match="h0 with torch.float64"):
+    with pytest.raises(RuntimeError, match=r"h0 with torch\.float64"):
         by_layer(mine, good, wide)
     for arguments in ((0, 5), (3, 0), (3.0, 5)):
         with pytest.raises((TypeError, ValueError)) as expected:

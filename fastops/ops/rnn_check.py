@@ -80,8 +80,9 @@ def check_lengths(lengths: Tensor, batch: int, steps: int, device: torch.device)
 
 
 def _check_places(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Weights]) -> None:
-    others = [("h0", h0), ("c0", c0)]
-    others += [(name, w) for each in weights for name, w in zip(("w_ih", "w_hh", "b_ih", "b_hh"), each, strict=True)]
+    names = ("w_ih", "w_hh", "b_ih", "b_hh")
+    others = [(name, w) for each in weights for name, w in zip(names, each, strict=True)]
+    others += [("h0", h0), ("c0", c0)]
     for name, tensor in others:
         if tensor is None:
             continue
