@@ -223,6 +223,8 @@ def _cpu() -> Iterator[Case]:
     yield _attend("bert-like b4 s128", "fp32", "infer", attention, ("cpu",))
     # padding is what fastops does not pay for on the CPU either: here "auto" is expected to win
     yield _attend("bert-like b8 s256 fill50%", "fp32", "infer", {**attention, **_LONGER, "fill": 0.5}, ("cpu",))
+    longest = {**attention, "batch": 8, "heads": 12, "kv_heads": 12, "q_len": 512, "k_len": 512, "fill": 0.5}
+    yield _attend("bert-base b8 s512 fill50%", "fp32", "infer", longest, ("cpu",))
     yield Case("rnn", "lstm 32x8x64x64x1", "fp32", "infer", lstm, ("cpu",))
     yield Case("rnn", "lstm 32x8x64x64x1", "fp32", "train", lstm, ("cpu",))
     yield _layer("alexnet.conv2 b2", ALEXNET_LAYERS[1], "fp32", "infer", 2, ("cpu",))
