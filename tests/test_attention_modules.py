@@ -266,7 +266,7 @@ LAYERS = {
         {"bias": False, "batch_first": True},
         {"activation": torch.tanh},
     ],
-    ids=str,
+    ids=("plain", "norm_first", "gelu", "no_bias", "tanh"),
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_layers(kind, options, masked):

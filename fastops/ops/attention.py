@@ -81,6 +81,12 @@ def scaled_dot_product_attention(
         KernelUnavailable: impl="triton" where it cannot run; the message says why.
     """
     name = "scaled_dot_product_attention"
+    added = (attn_mask, key_lengths, query_lengths, window, alibi_slopes)
+    plain = impl == "auto" and not (softcap or return_lse) and all(argument is None for argument in added)
+    if plain and _stock_on_cpu(query, key, value):  # nothing to decide, and on small tensors the checks cost time
+        return F.scaled_dot_product_attention(
+            query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "key_lengths": key_lengths}
     tensors |= {"query_lengths": query_lengths, "alibi_slopes": alibi_slopes}
     checks.check_tensors(name, tensors, ("attn_mask", "key_lengths", "query_lengths", "alibi_slopes"))
@@ -138,6 +144,13 @@ def scaled_dot_product_attention(
     if return_lse:
         return out, lse.reshape(out.shape[:-1])
     return out
+
+
+def _stock_on_cpu(*tensors: Any) -> bool:
+    """Whether "auto" is stock PyTorch whatever the shapes: plain CPU tensors with at least one key."""
+    if not all(isinstance(t, Tensor) and t.device.type == "cpu" and t.dim() >= 3 and t.shape[-2] for t in tensors):
+        return False
+    return _env.choose_impl("auto", IMPLS) != "triton"
 
 
 def varlen_attention(
