@@ -18,7 +18,8 @@ import torch
 
 LIBRARY = torch.library.Library("fastops", "DEF")
 FLOP_COUNTER = "torch.utils.flop_counter"
-_flop_formulas: dict[str, Callable[..., int]] = {}
+FLOP_FORMULAS: dict[str, Callable[..., int]] = {}
+FAKES: dict[str, Callable[..., Any]] = {}  # what allocates an op's results, by op
 # op name -> function that imports and returns its launcher; `fastops inspect --shape` runs launchers on fake tensors
 LAUNCHERS: dict[str, Callable[[], Callable[..., Any]]] = {}
 
@@ -47,23 +48,23 @@ def define(
         return loaded[0]
 
     def on_cpu(*args: Any) -> Any:
-        return launcher()(*args)
+        return LAUNCHERS[name]()(*args)
 
     def on_cuda(*args: Any) -> Any:
         device = next(argument.device for argument in args if isinstance(argument, torch.Tensor))
         if device.index == torch.cuda.current_device():
-            return launcher()(*args)
+            return LAUNCHERS[name]()(*args)
         with torch.cuda.device(device):
-            return launcher()(*args)
+            return LAUNCHERS[name]()(*args)
 
-    LAUNCHERS[name] = launcher
+    LAUNCHERS[name], FAKES[name] = launcher, fake
     LIBRARY.impl(name, on_cpu, "CPU")
     LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"fastops::{name}", fake, lib=LIBRARY)
     if flops is not None:
-        _flop_formulas[name] = flops
+        FLOP_FORMULAS[name] = flops
         if FLOP_COUNTER in sys.modules:
-            _register_flop_formulas()
+            _registerFLOP_FORMULAS()
     return getattr(torch.ops.fastops, name).default
 
 
@@ -104,10 +105,10 @@ def reference_gradients(
     return tuple(gradients)
 
 
-def _register_flop_formulas() -> None:
+def _registerFLOP_FORMULAS() -> None:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    for name, formula in _flop_formulas.items():
+    for name, formula in FLOP_FORMULAS.items():
         packet = getattr(torch.ops.fastops, name)
         if packet not in flop_registry:
             register_flop_formula(packet)(formula)
@@ -147,4 +148,4 @@ def after_import(name: str, action: Callable[[Any], None]) -> None:
 
 # registering a formula imports the flop counter, and with it triton: left to whoever imports it
 if FLOP_COUNTER not in sys.modules:
-    after_import(FLOP_COUNTER, lambda _: _register_flop_formulas())
+    after_import(FLOP_COUNTER, lambda _: _registerFLOP_FORMULAS())

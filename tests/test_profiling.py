@@ -313,7 +313,7 @@ def alexnet():
 def lstm():
     from models.lstm import SequenceClassifier
 
-    return SequenceClassifier(100, 10, hidden=64), (torch.randint(0, 100, (4, 24)),)
+    return SequenceClassifier(100, 10, hidden=192), (torch.randint(0, 100, (10, 64)),)
 
 
 def bert():

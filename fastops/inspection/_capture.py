@@ -205,7 +205,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _flops(name: str, arguments: list[Any], results: Any) -> float | None:
-    formula = _library._flop_formulas.get(name)
+    formula = _library.FLOP_FORMULAS.get(name)
     if formula is None:
         return None
     shaped = tree_map(lambda x: x.shape if isinstance(x, torch.Tensor) else x, (arguments, results))

@@ -1,4 +1,4 @@
-"""Triton's own profiler as a backend: its file, its viewer; launches of fastops' kernels carry their bytes there."""
+"""Triton's own profiler as a backend: its file, its viewer; fastops' launches carry bytes and FLOPs there."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import argparse
 import importlib
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
+from torch.utils._pytree import tree_map
+
+from fastops import _library
 from fastops.profiling import script
 
 
@@ -18,11 +23,13 @@ def run_proton(options: argparse.Namespace) -> int:
         import triton.profiler as proton
     except ImportError as error:
         raise script.BadRequest(f"--backend proton needs triton on Linux: {error}") from error
-    annotate_kernels()
     try:
         session = proton.start("fastops", hook="triton")
     except RuntimeError as error:
         raise script.BadRequest(f"Proton cannot start here: {error}. It needs an NVIDIA GPU; drop --backend") from error
+    annotate_kernels()
+    launchers = dict(_library.LAUNCHERS)
+    scope_ops(proton.scope)
     try:
         if options.script:
             from fastops.profiling import profile
@@ -34,6 +41,7 @@ def run_proton(options: argparse.Namespace) -> int:
                 step()
             code = 0
     finally:
+        _library.LAUNCHERS.update(launchers)
         proton.finalize(session)
     print("wrote fastops.hatchet; view it with: proton-viewer -m time/ms,util fastops.hatchet", file=sys.stderr)
     return code
@@ -52,6 +60,27 @@ def annotate_kernels() -> int:
                 found.add(thing)
                 thing.launch_metadata = thing.launch_metadata or launch_metadata
     return len(found)
+
+
+def scope_ops(scope: Callable[..., AbstractContextManager[Any]]) -> None:
+    """Run every op of fastops that has a FLOP formula in a Proton scope of its name that carries its FLOPs."""
+    for name, formula in _library.FLOP_FORMULAS.items():
+        _library.LAUNCHERS[name] = _scoped(name, formula, _library.LAUNCHERS[name], scope)
+
+
+def _scoped(name: str, formula: Callable[..., int], launcher: Callable[[], Any], scope: Any) -> Callable[[], Any]:
+    def launch(*arguments: Any) -> Any:
+        shapes = tree_map(_shape, (arguments, _library.FAKES[name](*arguments)))
+        flops = formula(*shapes[0], out_shape=shapes[1])
+        bits = 8 * next(a.element_size() for a in arguments if isinstance(a, torch.Tensor))
+        with scope(f"fastops::{name}", {f"flops{bits}": flops}):
+            return launcher()(*arguments)
+
+    return lambda: launch
+
+
+def _shape(value: Any) -> Any:
+    return value.shape if isinstance(value, torch.Tensor) else value
 
 
 def launch_metadata(grid: Any, metadata: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
