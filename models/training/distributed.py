@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +78,9 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
 
 
 def leave(processes: Processes) -> None:
-    """End the group."""
+    """End the group: all together, and after the wrapped model is gone, whose threads use it."""
     if processes.world > 1:
+        gc.collect()
+        if sys.exc_info()[0] is None:
+            dist.barrier()
         dist.destroy_process_group()

@@ -36,20 +36,27 @@ def train(options: Options, given: set[str] | None = None) -> int:
         plots.require()
     processes, device = distributed.join(choose_device(options.device))
     try:
-        if options.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        console = Console(quiet=not processes.first, highlight=False, soft_wrap=True)
-        task = tasks.build(options, state["task"] if state else None)
-        if options.init_from:
-            taken, fresh = initialise_from(task.model, options.init_from)
-            console.print(f"from {options.init_from}: {taken} tensors; fresh: {', '.join(fresh) or 'none'}")
-        trainer = Trainer(options, task, processes, device)
-        if state is not None:
-            trainer.load_state(state)
-        return Run(options, trainer, console).run()
+        return _train(options, state, processes, device)
     finally:
         distributed.leave(processes)
+
+
+def _train(
+    options: Options, state: checkpoint.Checkpoint | None, processes: distributed.Processes, device: torch.device
+) -> int:
+    """The run itself; what it builds is gone when the process group ends."""
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    console = Console(quiet=not processes.first, highlight=False, soft_wrap=True)
+    task = tasks.build(options, state["task"] if state else None)
+    if options.init_from:
+        taken, fresh = initialise_from(task.model, options.init_from)
+        console.print(f"from {options.init_from}: {taken} tensors; fresh: {', '.join(fresh) or 'none'}")
+    trainer = Trainer(options, task, processes, device)
+    if state is not None:
+        trainer.load_state(state)
+    return Run(options, trainer, console).run()
 
 
 def resumed(options: Options, state: checkpoint.Checkpoint, given: set[str]) -> Options:
