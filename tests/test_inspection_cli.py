@@ -222,3 +222,31 @@ def test_what_an_op_launches_is_found_without_a_gpu(op, shape, forward):
             assert launched.flops == 4 * 2 * 4 * 1024 * 1024 * 64
             assert case.grid == 2 * 4 * 1024 // case.constexprs["BLOCK_M"]
             assert not any(kind.startswith("tensordesc") for kind in case.signature.values()) or case.targets == (90,)
+
+
+@pytest.mark.parametrize(
+    ("launched_on", "yes", "no"),
+    [
+        ((80, 86, 90, 100), (80, 86, 87, 89, 90, 100, 103, 120), ()),
+        ((90,), (90,), (80, 86, 89, 100, 120)),
+        ((90, 100), (90, 100, 120), (80, 86, 89)),
+        ((80,), (80,), (86, 89, 90, 120)),
+        ((80, 86, 89, 90, 100, 120), (89, 120), (75,)),
+    ],
+)
+def test_a_capability_between_goes_by_the_one_below(launched_on, yes, no):
+    case = product(targets=launched_on)
+    assert [number for number in (*yes, *no) if case.launched_on(number)] == list(yes)
+
+
+def test_targets_keep_to_where_a_kernel_is_launched(monkeypatch, capsys):
+    cases = [product(BK=64, targets=(80, 86)), product(BK=32, targets=(90,))]
+    monkeypatch.setattr(catalog, "library_cases", lambda: cases)
+    code, out, _ = fastops(capsys, "-t", "sm_80,sm_89,sm_90", "--json", "-")
+    assert code == 0
+    found = [(one["name"], one["target"], one["launched"]) for one in json.loads(out)["kernels"]]
+    everywhere, hopper = (case.name for case in cases)
+    assert found == [(everywhere, 80, True), (everywhere, 89, True), (hopper, 90, True)]
+    # asked for by name, a kernel is shown where it is not launched too, and marked so
+    code, out, _ = fastops(capsys, hopper, "-t", "sm_80", "--json", "-")
+    assert [(one["target"], one["launched"]) for one in json.loads(out)["kernels"]] == [(80, False)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastops.inspection import catalog
@@ -95,13 +96,30 @@ def inspect_cases(
 ) -> list[Assessment]:
     """Compile cases for targets, or each for the capabilities it is launched on, and assess them."""
     if targets is None:
-        reports = compile_cases(cases, jobs=jobs, progress=progress)
-        own = [(case, _target_of(number)) for case in cases for number in case.targets]
+        wanted = [[_target_of(number) for number in case.targets] for case in cases]
     else:
-        numbers = [target.capability.number for target in targets]
-        reports = compile_cases(cases, numbers, jobs=jobs, progress=progress)
-        own = [(case, target) for case in cases for target in targets]
-    return [assess(report, target, tuple(case.targets)) for report, (case, target) in zip(reports, own, strict=True)]
+        wanted = [list(targets)] * len(cases)
+    return inspect_each(cases, wanted, jobs=jobs, progress=progress)
+
+
+def inspect_each(
+    cases: Sequence[StaticCase],
+    targets: Sequence[Sequence[Target]],
+    *,
+    jobs: int | None = None,
+    progress: Callable[[KernelReport], None] | None = None,
+) -> list[Assessment]:
+    """Compile each case for its own targets, and assess them."""
+    numbered = [
+        replace(case, targets=tuple(target.capability.number for target in own))
+        for case, own in zip(cases, targets, strict=True)
+    ]
+    reports = iter(compile_cases(numbered, jobs=jobs, progress=progress))
+    return [
+        assess(next(reports), target, launched=case.launched_on(target.capability.number))
+        for case, own in zip(cases, targets, strict=True)
+        for target in own
+    ]
 
 
 def _target_of(number: int) -> Target:

@@ -91,9 +91,8 @@ class Assessment:
         }
 
 
-def assess(report: KernelReport, target: Target, launched_on: tuple[int, ...] = ()) -> Assessment:
+def assess(report: KernelReport, target: Target, launched: bool = True) -> Assessment:
     """Put the rules of the GPU on the figures of the compiler."""
-    launched = not launched_on or target.capability.number in launched_on
     if report.error is not None:
         return Assessment(report, target, launched, None, "", None, None)
     capability = target.capability

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastops.inspection import catalog, render, shapes, snapshot
-from fastops.inspection.api import inspect_cases
+from fastops.inspection.api import inspect_cases, inspect_each
 from fastops.inspection.assess import Assessment
 from fastops.inspection.compile import InspectionError, triton_version
 from fastops.inspection.gpus import Target, find_target
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     add = parser.add_argument
     add("kernels", nargs="*", metavar="KERNEL", help="part of a name, a pattern with *, or file.py:kernel of your own")
-    add("-t", "--target", metavar="LIST", help='e.g. sm_80,sm_90 or "RTX 3090,H100"; default: where it is launched')
+    add("-t", "--target", metavar="LIST", help='e.g. sm_80,sm_90 or "RTX 3090,H100"; default: all it is launched on')
     add("--dtype", help="only kernels on this element type, e.g. fp16")
     add("--shape", metavar="SHAPE", help='what an op would launch for this shape, e.g. "B=4,H=16,S=4096,D=256"')
     add("--list", action="store_true", help="name the configurations and compile nothing")
@@ -179,9 +179,15 @@ def _cases(arguments: argparse.Namespace, targets: list[Target] | None) -> tuple
 
 
 def _compile(cases: Sequence[StaticCase], targets: list[Target] | None, jobs: int | None) -> list[Assessment]:
-    total = sum(len(case.targets) if targets is None else len(targets) for case in cases)
-    with _Progress(total) as advance:
-        return inspect_cases(cases, targets, jobs=jobs, progress=advance)
+    """Each case where the library launches it; if that is on none of the targets, what it would need there."""
+    if targets is None:
+        with _Progress(sum(len(case.targets) for case in cases)) as advance:
+            return inspect_cases(cases, jobs=jobs, progress=advance)
+    wanted = [[one for one in targets if case.launched_on(one.capability.number)] for case in cases]
+    if not any(wanted):
+        wanted = [targets] * len(cases)
+    with _Progress(sum(len(own) for own in wanted)) as advance:
+        return inspect_each(cases, wanted, jobs=jobs, progress=advance)
 
 
 def _print_table(assessments: Sequence[Assessment], console: Any) -> None:

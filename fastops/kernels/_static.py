@@ -47,3 +47,8 @@ class StaticCase:
     sample: str = ""
     flops: float | None = None
     bytes: float | None = None
+
+    def launched_on(self, capability: int) -> bool:
+        """Whether the library launches it there; a capability that cases do not name goes by the nearest one below."""
+        known = {*StaticCase.targets, *self.targets}
+        return max((number for number in known if number <= capability), default=0) in self.targets
