@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -235,6 +236,9 @@ def conv2d_relu(
         RuntimeError, TypeError: where torch.nn.functional.conv2d does.
         KernelUnavailable: the engine asked for cannot run this call; the message says why.
     """
+    if impl == "auto" and getattr(input, "is_cpu", False) and _env.choose_impl(impl, IMPLS) == "auto":
+        # as reference does, at the cost of one check: small layers on the CPU take microseconds
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups).relu_()  # type: ignore[arg-type]
     call = _prepare("conv2d_relu", impl, input, weight, bias, stride, padding, dilation, groups, None)
     if call is None:
         return reference(input, weight, bias, stride, padding, dilation, groups)
