@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 done, 1 failed, 2 wrong arguments, 130 stopped by Ctrl-C (143 by SIGTERM) and saved",
         argument_default=argparse.SUPPRESS,  # only what was given is handed on: a resumed run must know
     )
-    parser.add_argument("model", choices=list(KINDS))
+    parser.add_argument("model", choices=list(KINDS), help="what to train")
     what = parser.add_argument_group("what")
     what.add_argument("--task", choices=["lm", "classify"], help="byte language model, or classifier of texts")
     what.add_argument("--preset", choices=PRESET_NAMES, help="sizes and settings (default: small)")
@@ -42,10 +42,10 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--label-column", metavar="NAME", help="of a table (default: label)")
     what.add_argument("--limit", type=_positive, metavar="N", help="use at most N samples, for a quick look")
     how = parser.add_argument_group("how")
-    how.add_argument("--epochs", type=_positive, metavar="N")
+    how.add_argument("--epochs", type=_positive, metavar="N", help="rounds through the data (default: the preset's)")
     how.add_argument("--batch", type=_positive, metavar="N", help="samples a step, in each process")
-    how.add_argument("--lr", dest="learning_rate", type=float, metavar="X")
-    how.add_argument("--seed", type=int, metavar="N")
+    how.add_argument("--lr", dest="learning_rate", type=float, metavar="X", help="learning rate (default: preset's)")
+    how.add_argument("--seed", type=int, metavar="N", help="of weights, data order and dropout (default: 0)")
     how.add_argument("--accelerate", action=argparse.BooleanOptionalAction, help="fastops.accelerate (default: yes)")
     how.add_argument("--amp", choices=["bf16", "fp16", "off"], help="autocast (default: off)")
     how.add_argument("--compile", action="store_true", help="torch.compile")

@@ -11,7 +11,7 @@ from bench.results import Unreadable, read
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("results", metavar="R.json")
+    parser.add_argument("results", metavar="R.json", help="a file that `python -m bench run --json` wrote")
     parser.add_argument("-o", "--output", type=Path, help="report.html or report.md; default: R.html beside R.json")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="also PNG and SVG figures, light and dark")
 
