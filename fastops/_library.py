@@ -11,10 +11,13 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from fastops._env import KernelUnavailable
 
 LIBRARY = torch.library.Library("fastops", "DEF")
 FLOP_COUNTER = "torch.utils.flop_counter"
@@ -22,6 +25,12 @@ FLOP_FORMULAS: dict[str, Callable[..., int]] = {}
 FAKES: dict[str, Callable[..., Any]] = {}  # what allocates an op's results, by op
 # op name -> function that imports and returns its launcher; `fastops inspect --shape` runs launchers on fake tensors
 LAUNCHERS: dict[str, Callable[[], Callable[..., Any]]] = {}
+# op -> why its kernels could not be compiled or launched; "auto" takes stock PyTorch for it from then on
+BROKEN: dict[str, str] = {}
+
+
+class LaunchFailed(KernelUnavailable):
+    """Triton could not compile or launch a kernel; the message names the registered op and the reason."""
 
 
 def define(
@@ -48,14 +57,20 @@ def define(
         return loaded[0]
 
     def on_cpu(*args: Any) -> Any:
-        return LAUNCHERS[name]()(*args)
+        try:
+            return LAUNCHERS[name]()(*args)
+        except Exception as error:
+            if _is_launch_failure(error):
+                reason = f"{type(error).__name__}: {_short(str(error))}"
+                raise LaunchFailed(f"fastops::{name}: {reason} (FASTOPS_IMPL=torch avoids it)") from error
+            raise
 
     def on_cuda(*args: Any) -> Any:
         device = next(argument.device for argument in args if isinstance(argument, torch.Tensor))
         if device.index == torch.cuda.current_device():
-            return LAUNCHERS[name]()(*args)
+            return on_cpu(*args)
         with torch.cuda.device(device):
-            return LAUNCHERS[name]()(*args)
+            return on_cpu(*args)
 
     LAUNCHERS[name], FAKES[name] = launcher, fake
     LIBRARY.impl(name, on_cpu, "CPU")
@@ -66,6 +81,51 @@ def define(
         if FLOP_COUNTER in sys.modules:
             _registerFLOP_FORMULAS()
     return getattr(torch.ops.fastops, name).default
+
+
+def _is_launch_failure(error: Exception) -> bool:
+    """Whether Triton raised this, rather than a launcher (say for the values of an earlier call) or PyTorch.
+
+    Memory that ran out is no property of the kernel, and a capture that broke off would break off stock PyTorch too.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    place = error.__traceback__
+    modules = [type(error).__module__]
+    while place is not None:
+        modules.append(place.tb_frame.f_globals.get("__name__", ""))
+        place = place.tb_next
+    return any(module.partition(".")[0] == "triton" for module in modules)
+
+
+def _short(text: str) -> str:
+    """A compiler's message on one line, with its start and its end."""
+    line = " ".join(text.split())
+    return line if len(line) < 400 else f"{line[:100]} ... {line[-280:]}"
+
+
+def or_stock(op: str, auto: bool, kernel: Callable[[], Any], stock: Callable[[], Any]) -> Any:
+    """`kernel()`, or under "auto" `stock()` where Triton cannot compile or launch it: one warning, and then for good.
+
+    Without "auto" the failure is raised, a KernelUnavailable. So it is inside torch.compile, where the kernels run
+    later than this; a graph compiled before a failure outside of it is compiled again, with stock PyTorch.
+    """
+    if not auto or torch.compiler.is_compiling():
+        return kernel()
+    if op in BROKEN:
+        return stock()
+    try:
+        return kernel()
+    except LaunchFailed as error:
+        _remember(op, str(error))
+        return stock()
+
+
+def _remember(op: str, reason: str) -> None:
+    if BROKEN.setdefault(op, reason) is reason:
+        warnings.warn(f"{op}: stock PyTorch runs from now on, a kernel failed: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def differentiable_again() -> bool:
@@ -82,8 +142,9 @@ def reference_gradients(
     inputs: Sequence[torch.Tensor | None],
     needs_input_grad: Sequence[bool],
     grad_outputs: torch.Tensor | Sequence[torch.Tensor | None],
+    again: bool = True,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of `reference(*inputs)` that can be differentiated again; None where an input needs none."""
+    """Gradients of `reference(*inputs)`, with `again` differentiable; None where an input needs none."""
     wanted = [i for i, needed in enumerate(needs_input_grad) if needed and inputs[i] is not None]
     with torch.enable_grad():
         # a view of each input, so that a tensor passed twice (attention of x to itself) gets two separate gradients
@@ -96,7 +157,7 @@ def reference_gradients(
             [o for o, _ in pairs],
             [inputs[i] for i in wanted],  # type: ignore[arg-type]
             [g for _, g in pairs],
-            create_graph=True,
+            create_graph=again,
             allow_unused=True,
         )
     gradients: list[torch.Tensor | None] = [None] * len(inputs)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastops import _env, tuning
+from fastops import _env, _library, tuning
 from fastops.ops import attention_checks as checks
 from fastops.ops.attention_dropout import new_seed
 from fastops.ops.attention_ops import Attention
@@ -102,10 +102,12 @@ def scaled_dot_product_attention(
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     checks.check_dense(query, key, value, attn_mask, enable_gqa, key_lengths, query_lengths, alibi_slopes)
     options = _options(query, scale, left, right, softcap, dropout_p)
+    auto = _env.choose_impl(impl, IMPLS) == "auto"
     impl = _engine(
         impl, query, key, value, attn_mask, alibi_slopes, key_lengths, query_lengths, scale, options, packed=False
     )
-    if impl == "torch":
+
+    def by_torch() -> Any:
         out, lse = stock(
             query,
             key,
@@ -121,29 +123,34 @@ def scaled_dot_product_attention(
         if query.dim() == key.dim() == value.dim() == 2:
             out, lse = out.reshape(out.shape[-2:]), None if lse is None else lse.reshape(-1)
         return (out, lse) if return_lse else out
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    shape = (*batch, _heads(query, key, value), *query.shape[-2:])
-    out, lse = Attention.apply(
-        *_four_dimensional(query, key, value, batch, enable_gqa),
-        _mask_of(attn_mask, batch),
-        _lengths_of(key_lengths),
-        _lengths_of(query_lengths),
-        _slopes_of(alibi_slopes, shape[-3]),
-        None,
-        None,
-        new_seed(query.device) if dropout_p else None,
-        query.shape[-2],
-        key.shape[-2],
-        options.scale,
-        options.left,
-        options.right,
-        options.softcap,
-        options.dropout_p,
-    )
-    out = out.reshape(shape) if query.dim() > 2 or batch else out.reshape(shape[-2:])
-    if return_lse:
-        return out, lse.reshape(out.shape[:-1])
-    return out
+
+    def by_kernels() -> Any:
+        batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        shape = (*batch, _heads(query, key, value), *query.shape[-2:])
+        out, lse = Attention.apply(
+            *_four_dimensional(query, key, value, batch, enable_gqa),
+            _mask_of(attn_mask, batch),
+            _lengths_of(key_lengths),
+            _lengths_of(query_lengths),
+            _slopes_of(alibi_slopes, shape[-3]),
+            None,
+            None,
+            new_seed(query.device) if dropout_p else None,
+            query.shape[-2],
+            key.shape[-2],
+            options.scale,
+            options.left,
+            options.right,
+            options.softcap,
+            options.dropout_p,
+            auto,
+        )
+        out = out.reshape(shape) if query.dim() > 2 or batch else out.reshape(shape[-2:])
+        if return_lse:
+            return out, lse.reshape(out.shape[:-1])
+        return out
+
+    return by_torch() if impl == "torch" else _library.or_stock("attention", auto, by_kernels, by_torch)
 
 
 def _stock_on_cpu(*tensors: Any) -> bool:
@@ -212,32 +219,39 @@ def varlen_attention(
         if not isinstance(longest, (int, torch.SymInt)) or isinstance(longest, bool):
             raise TypeError(f"{name}(): argument '{label}' must be int, not {type(longest).__name__}")
     options = _options(query, scale, left, right, softcap, dropout_p)
+    auto = _env.choose_impl(impl, IMPLS) == "auto"
     impl = _engine(impl, query, key, value, None, alibi_slopes, None, None, scale, options, packed=True)
-    if impl == "torch":
+
+    def by_torch() -> Any:
         out, lse = packed(
             query, key, value, cu_seqlens_q, cu_seqlens_k, options, alibi_slopes=alibi_slopes, return_lse=return_lse
         )
         return (out, lse) if return_lse else out
-    out, lse = Attention.apply(
-        query,
-        key,
-        value,
-        None,
-        None,
-        None,
-        _slopes_of(alibi_slopes, query.shape[1]),
-        _lengths_of(cu_seqlens_q),
-        _lengths_of(cu_seqlens_k),
-        new_seed(query.device) if dropout_p else None,
-        max_seqlen_q,
-        max_seqlen_k,
-        options.scale,
-        options.left,
-        options.right,
-        options.softcap,
-        options.dropout_p,
-    )
-    return (out, lse) if return_lse else out
+
+    def by_kernels() -> Any:
+        out, lse = Attention.apply(
+            query,
+            key,
+            value,
+            None,
+            None,
+            None,
+            _slopes_of(alibi_slopes, query.shape[1]),
+            _lengths_of(cu_seqlens_q),
+            _lengths_of(cu_seqlens_k),
+            new_seed(query.device) if dropout_p else None,
+            max_seqlen_q,
+            max_seqlen_k,
+            options.scale,
+            options.left,
+            options.right,
+            options.softcap,
+            options.dropout_p,
+            auto,
+        )
+        return (out, lse) if return_lse else out
+
+    return by_torch() if impl == "torch" else _library.or_stock("attention", auto, by_kernels, by_torch)
 
 
 def _options(query: Tensor, scale: float | None, left: int, right: int, softcap: float, dropout_p: float) -> Options:
@@ -289,13 +303,12 @@ def _engine(
     packed: bool,
 ) -> str:
     """The engine, torch or triton; KernelUnavailable where the latter was asked for and cannot run."""
-    asked = impl
     impl = _env.choose_impl(impl, IMPLS)
-    if impl == "torch" or (impl == "auto" and query.device.type != "cuda"):
+    if impl == "torch" or (impl == "auto" and (query.device.type != "cuda" or "attention" in _library.BROKEN)):
         return "torch"
     reason = why_not(query, key, value, attn_mask, alibi_slopes, scale)
     if reason is not None:
-        if asked == "triton":
+        if impl == "triton":
             raise _env.KernelUnavailable(f"attention with impl='triton': {reason}")
         return "torch"
     if impl == "triton":

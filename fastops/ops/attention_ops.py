@@ -110,6 +110,7 @@ class Attention(torch.autograd.Function):
         right: int,
         softcap: float,
         dropout_p: float,
+        auto: bool,
     ) -> Any:
         # spelled out: torch.compile without gradients takes the first of *arguments for a context
         return forward_op(
@@ -135,28 +136,34 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:10], *output)
-        ctx.numbers = inputs[10:]
+        ctx.numbers, ctx.auto = inputs[10:17], inputs[17]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         *inputs, out, lse = ctx.saved_tensors
-        nothing = (None,) * (6 + len(ctx.numbers))
+        nothing = (None,) * (7 + len(ctx.numbers))
         if grad_out is None and grad_lse is None:
             return (None, None, None, None, *nothing)
-        if _library.differentiable_again():
-            found = _library.reference_gradients(
+
+        def stock(again: bool = False) -> Any:
+            return _library.reference_gradients(
                 lambda *trio: _reference(*trio, *inputs[4:], *ctx.numbers),
                 inputs[:4],
                 ctx.needs_input_grad[:4],
                 (grad_out, grad_lse),
+                again,
             )
-            return (*found, *nothing)
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        mask_grad = ctx.needs_input_grad[3]
-        dq, dk, dv, dmask = backward_op(grad_out, grad_lse, out, lse, mask_grad, *inputs, *ctx.numbers)
-        return (dq, dk, dv, dmask if mask_grad else None, *nothing)
+
+        def kernels() -> Any:
+            mask_grad = ctx.needs_input_grad[3]
+            known = torch.zeros_like(out) if grad_out is None else grad_out
+            dq, dk, dv, dmask = backward_op(known, grad_lse, out, lse, mask_grad, *inputs, *ctx.numbers)
+            return dq, dk, dv, dmask if mask_grad else None
+
+        if _library.differentiable_again():
+            return (*stock(again=True), *nothing)
+        return (*_library.or_stock("attention", ctx.auto, kernels, stock), *nothing)
 
 
 def _reference(

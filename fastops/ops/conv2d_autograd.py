@@ -87,35 +87,44 @@ def _reference_gradients(
     inputs: Sequence[Tensor | None],
     needs: Sequence[bool],
     grad: Tensor,
+    again: bool,
 ) -> tuple[Tensor | None, ...]:
     def stock(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return reference(input, weight, bias, window.stride, window.padding, window.dilation, groups, pool)
 
-    return _library.reference_gradients(stock, inputs, needs, grad)
+    return _library.reference_gradients(stock, inputs, needs, grad, again)
 
 
 class Conv2dReLU(torch.autograd.Function):
     """Differentiable conv2d_relu of an engine."""
 
     @staticmethod
-    def forward(input: Any, weight: Any, bias: Any, window: Window, groups: int, engine: str) -> Tensor:
+    def forward(input: Any, weight: Any, bias: Any, window: Window, groups: int, engine: str, auto: bool) -> Tensor:
         return relu_maps(engine, input, weight, bias, window, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, bias, ctx.window, ctx.groups, _ = inputs
+        input, weight, bias, ctx.window, ctx.groups, _, ctx.auto = inputs
         ctx.save_for_backward(input, weight, bias, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         input, weight, bias, output = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+
+        def stock(again: bool = False) -> tuple[Any, ...]:
+            return _reference_gradients(ctx.window, ctx.groups, None, (input, weight, bias), needs, grad, again)
+
+        def kernels() -> tuple[Any, ...]:
+            maps_grad, bias_grad = ops.bias_relu_backward(grad, output, needs[2])
+            gradients = _convolution_gradients(maps_grad, input, weight, ctx.window, ctx.groups, needs)
+            return *gradients, bias_grad if needs[2] else None
+
         if _library.differentiable_again():
-            again = _reference_gradients(ctx.window, ctx.groups, None, (input, weight, bias), needs, grad)
-            return *again, None, None, None
-        maps_grad, bias_grad = ops.bias_relu_backward(grad, output, needs[2])
-        gradients = _convolution_gradients(maps_grad, input, weight, ctx.window, ctx.groups, needs)
-        return *gradients, bias_grad if needs[2] else None, None, None, None
+            found = stock(again=True)
+        else:
+            found = _library.or_stock("conv2d_relu", ctx.auto, kernels, stock)
+        return *found, None, None, None, None
 
 
 class Conv2dReLUMaxPool2d(torch.autograd.Function):
@@ -123,13 +132,13 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Any, weight: Any, bias: Any, window: Window, groups: int, pool: Pool, engine: str
+        input: Any, weight: Any, bias: Any, window: Window, groups: int, pool: Pool, engine: str, auto: bool
     ) -> tuple[Tensor, Tensor]:
         return pooled_maps(engine, input, weight, bias, window, groups, pool, want_codes=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        input, weight, bias, ctx.window, ctx.groups, ctx.pool, _ = inputs
+        input, weight, bias, ctx.window, ctx.groups, ctx.pool, _, ctx.auto = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(input, weight, bias, output[1])
 
@@ -137,10 +146,18 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
         input, weight, bias, codes = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+
+        def stock(again: bool = False) -> tuple[Any, ...]:
+            return _reference_gradients(ctx.window, ctx.groups, ctx.pool, (input, weight, bias), needs, grad, again)
+
+        def kernels() -> tuple[Any, ...]:
+            size = arguments.conv_size(input, weight, ctx.window._replace(extra=(0, 0)))
+            maps_grad, bias_grad = ops.bias_relu_pool_backward(grad, codes, size, *ctx.pool, needs[2])
+            gradients = _convolution_gradients(maps_grad, input, weight, ctx.window, ctx.groups, needs)
+            return *gradients, bias_grad if needs[2] else None
+
         if _library.differentiable_again():
-            again = _reference_gradients(ctx.window, ctx.groups, ctx.pool, (input, weight, bias), needs, grad)
-            return *again, None, None, None, None
-        size = arguments.conv_size(input, weight, ctx.window._replace(extra=(0, 0)))
-        maps_grad, bias_grad = ops.bias_relu_pool_backward(grad, codes, size, *ctx.pool, needs[2])
-        gradients = _convolution_gradients(maps_grad, input, weight, ctx.window, ctx.groups, needs)
-        return *gradients, bias_grad if needs[2] else None, None, None, None, None
+            found = stock(again=True)
+        else:
+            found = _library.or_stock("conv2d_relu", ctx.auto, kernels, stock)
+        return *found, None, None, None, None, None

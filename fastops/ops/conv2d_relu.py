@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastops import _env, tuning
+from fastops import _env, _library, tuning
 from fastops.ops import conv2d_arguments as arguments
 from fastops.ops.conv2d_arguments import Pool, Window
 from fastops.ops.conv2d_autograd import (
@@ -105,6 +105,7 @@ class Call(NamedTuple):
     groups: int
     pool: Pool | None
     engine: str
+    auto: bool  # whether stock PyTorch may step in
 
 
 def _prepare(
@@ -121,7 +122,9 @@ def _prepare(
 ) -> Call | None:
     """The call for a fastops engine, or None where stock PyTorch runs it."""
     impl = _env.choose_impl(impl, IMPLS)
-    if impl == "torch" or (impl == "auto" and not _plain_cuda(input, weight, bias)):
+    if impl == "torch":
+        return None
+    if impl == "auto" and ("conv2d_relu" in _library.BROKEN or not _plain_cuda(input, weight, bias)):
         return None
     try:
         call = _checked(input, weight, bias, stride, padding, dilation, groups, pool)
@@ -137,7 +140,7 @@ def _prepare(
         if impl == "auto":
             return None
         raise _env.KernelUnavailable(f"{name}(impl={impl!r}): {reason}")
-    return call._replace(input=arguments.pad_extra(call.input, call.window), engine=engine)
+    return call._replace(input=arguments.pad_extra(call.input, call.window), engine=engine, auto=impl == "auto")
 
 
 def _checked(
@@ -162,7 +165,7 @@ def _checked(
     if pooling is not None:
         arguments.pooled_size(maps, pooling)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    return Call(batched, weight, bias, window, arguments.integer(groups), pooling, "torch")
+    return Call(batched, weight, bias, window, arguments.integer(groups), pooling, "torch", False)
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -240,14 +243,20 @@ def conv2d_relu(
         # as reference does, at the cost of one check: small layers on the CPU take microseconds
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups).relu_()  # type: ignore[arg-type]
     call = _prepare("conv2d_relu", impl, input, weight, bias, stride, padding, dilation, groups, None)
-    if call is None:
+
+    def stock() -> Tensor:
         return reference(input, weight, bias, stride, padding, dilation, groups)
-    tensors = call[:3]
-    if _wants_grad(*tensors):
-        output = Conv2dReLU.apply(*tensors, call.window, call.groups, call.engine)
-    else:
-        output = relu_maps(call.engine, *tensors, call.window, call.groups)
-    return output if input.dim() == 4 else output.squeeze(0)
+
+    def kernels() -> Tensor:
+        assert call is not None
+        tensors = call[:3]
+        if _wants_grad(*tensors):
+            output = Conv2dReLU.apply(*tensors, call.window, call.groups, call.engine, call.auto)
+        else:
+            output = relu_maps(call.engine, *tensors, call.window, call.groups)
+        return output if input.dim() == 4 else output.squeeze(0)
+
+    return stock() if call is None else _library.or_stock("conv2d_relu", call.auto, kernels, stock)
 
 
 def conv2d_relu_max_pool2d(
@@ -288,14 +297,22 @@ def conv2d_relu_max_pool2d(
     """
     pooling = (pool_size, pool_stride, pool_padding)
     call = _prepare("conv2d_relu_max_pool2d", impl, input, weight, bias, stride, padding, dilation, groups, pooling)
-    if call is None or call.pool is None:
+
+    def stock() -> Tensor:
         return reference(input, weight, bias, stride, padding, dilation, groups, pooling)
-    tensors = call[:3]
-    if _wants_grad(*tensors):
-        output = Conv2dReLUMaxPool2d.apply(*tensors, call.window, call.groups, call.pool, call.engine)[0]
-    else:
-        output = pooled_maps(call.engine, *tensors, call.window, call.groups, call.pool, want_codes=False)[0]
-    return output if input.dim() == 4 else output.squeeze(0)
+
+    def kernels() -> Tensor:
+        assert call is not None
+        assert call.pool is not None
+        tensors = call[:3]
+        if _wants_grad(*tensors):
+            arguments = (call.window, call.groups, call.pool, call.engine, call.auto)
+            output = Conv2dReLUMaxPool2d.apply(*tensors, *arguments)[0]
+        else:
+            output = pooled_maps(call.engine, *tensors, call.window, call.groups, call.pool, want_codes=False)[0]
+        return output if input.dim() == 4 else output.squeeze(0)
+
+    return stock() if call is None else _library.or_stock("conv2d_relu", call.auto, kernels, stock)
 
 
 def explain_auto() -> list[dict[str, str]]:

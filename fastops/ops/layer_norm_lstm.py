@@ -117,7 +117,7 @@ def choose(gates: Tensor, hidden: int, impl: str) -> str:
     """The engine to run: "small", "step" or "torch"."""
     engine = _env.choose_impl(impl, ENGINES)
     if engine == "auto":
-        if gates.device.type != "cuda":
+        if gates.device.type != "cuda" or "layer_norm_lstm" in _library.BROKEN:
             return "torch"
         able = {name: why_not(gates, hidden, name) is None for name in ("small", "step")}
         facts = {**able, "hidden": hidden, "dtype": str(gates.dtype).removeprefix("torch.")}
@@ -219,37 +219,41 @@ _backward = _library.define(
 class _LayerNormLSTM(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        return _forward(*arguments)
+        return _forward(*arguments[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[3:])
-        ctx.options, ctx.engine = inputs[10:15], inputs[16]
+        ctx.options, ctx.engine, ctx.auto = inputs[10:15], inputs[16], inputs[17]
         ctx.save_for_backward(*inputs[:10], *output[3:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         *inputs, h, c, product = ctx.saved_tensors
-        rest = (None,) * 10
+        rest = (None,) * 11
         if all(grad is None for grad in grads[:3]):
             return *(None,) * 7, *rest
+
+        def stock(again: bool = False) -> Any:
+            def formula(*tensors: Any) -> Any:
+                return reference(*tensors, *inputs[7:], *ctx.options)
+
+            return _library.reference_gradients(formula, inputs[:7], ctx.needs_input_grad[:7], grads[:3], again)
+
+        def kernels() -> Any:
+            gates, w_hh, gain_hh, gain_c, bias_c = inputs[:5]
+            grad_gates, grad_product, grad_h0, grad_c0, sums = _backward(
+                *grads[:3], gates, w_hh, gain_hh, gain_c, bias_c, c, product, *inputs[7:], *ctx.options, ctx.engine
+            )
+            hidden = w_hh.shape[1]
+            grad_w = grad_product.flatten(0, 1).t() @ h[:-1].flatten(0, 1)
+            grad_gain, grad_gain_c, grad_bias_c = sums.to(gain_hh.dtype).split((4 * hidden, hidden, hidden))
+            return grad_gates, grad_w, grad_gain, grad_gain_c, grad_bias_c, grad_h0, grad_c0
+
         if _library.differentiable_again():
-            masks = inputs[7:]
-
-            def again(*tensors: Any) -> Any:
-                return reference(*tensors, *masks, *ctx.options)
-
-            found = _library.reference_gradients(again, inputs[:7], ctx.needs_input_grad[:7], grads[:3])
-            return *found, *rest
-        gates, w_hh, gain_hh, gain_c, bias_c = inputs[:5]
-        grad_gates, grad_product, grad_h0, grad_c0, sums = _backward(
-            *grads[:3], gates, w_hh, gain_hh, gain_c, bias_c, c, product, *inputs[7:], *ctx.options, ctx.engine
-        )
-        hidden = w_hh.shape[1]
-        grad_w = grad_product.flatten(0, 1).t() @ h[:-1].flatten(0, 1)
-        grad_gain, grad_gain_c, grad_bias_c = sums.to(gain_hh.dtype).split((4 * hidden, hidden, hidden))
-        return grad_gates, grad_w, grad_gain, grad_gain_c, grad_bias_c, grad_h0, grad_c0, *rest
+            return *stock(again=True), *rest
+        return *_library.or_stock("layer_norm_lstm", ctx.auto, kernels, stock), *rest
 
 
 def layer_norm_lstm(
@@ -337,7 +341,13 @@ def layer_norm_lstm(
     if engine == "torch":
         return reference(*tensors, *rest)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return _LayerNormLSTM.apply(*tensors, *rest, save, engine)[:3]
+    auto = _env.choose_impl(impl, ENGINES) == "auto"
+    return _library.or_stock(
+        "layer_norm_lstm",
+        auto,
+        lambda: _LayerNormLSTM.apply(*tensors, *rest, save, engine, auto)[:3],
+        lambda: reference(*tensors, *rest),
+    )
 
 
 def explain_auto() -> list[dict[str, str]]:

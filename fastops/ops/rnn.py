@@ -207,13 +207,14 @@ class _RecurrentLayer(torch.autograd.Function):
         batch_rows: bool,
         engine: str,
         save: bool,
+        auto: bool,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         return _forward_op(input, h0, c0, list(weights), lengths, mode, batch_first, batch_rows, engine, save)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, h0, c0, lengths, mode, batch_first, batch_rows, engine, _, *weights = inputs
+        input, h0, c0, lengths, mode, batch_first, batch_rows, engine, _, ctx.auto, *weights = inputs
         ctx.save_for_backward(input, h0, c0, lengths, output[0], *output[3:], *weights)
         ctx.mark_non_differentiable(*output[3:], *(() if mode == "LSTM" else output[2:3]))
         ctx.set_materialize_grads(False)
@@ -224,18 +225,17 @@ class _RecurrentLayer(torch.autograd.Function):
         input, h0, c0, lengths, output, gates, before, cells, *weights = ctx.saved_tensors
         mode, batch_first, batch_rows, engine = ctx.options
         d_output, d_h_n, d_c_n = gradients[:3]
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2)] + list(ctx.needs_input_grad[9:])
-        if _library.differentiable_again():
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2)] + list(ctx.needs_input_grad[10:])
 
-            def again(input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        def by_torch(again: bool = False) -> list[Tensor | None]:
+            def formula(input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
                 results = reference(mode, input, h0, c0, split(list(weights)), lengths, batch_first)
                 return tuple(x for x in results if x is not None)
 
             wanted = [d_output, d_h_n, d_c_n] if mode == "LSTM" else [d_output, d_h_n]
-            found = list(_library.reference_gradients(again, [input, h0, c0, *weights], needs, wanted))
-        elif d_output is None and d_h_n is None and d_c_n is None:
-            found = [None] * len(needs)
-        else:
+            return list(_library.reference_gradients(formula, [input, h0, c0, *weights], needs, wanted, again))
+
+        def by_kernels() -> list[Tensor | None]:
             results = _backward_op(
                 d_output,
                 d_h_n,
@@ -255,8 +255,15 @@ class _RecurrentLayer(torch.autograd.Function):
                 engine,
                 needs,
             )
-            found = [x if needed else None for x, needed in zip(results, needs, strict=True)]
-        return *found[:3], *[None] * 6, *found[3:]
+            return [x if needed else None for x, needed in zip(results, needs, strict=True)]
+
+        if _library.differentiable_again():
+            found = by_torch(again=True)
+        elif d_output is None and d_h_n is None and d_c_n is None:
+            found = [None] * len(needs)
+        else:
+            found = _library.or_stock("rnn", ctx.auto, by_kernels, by_torch)
+        return *found[:3], *[None] * 7, *found[3:]
 
 
 def recurrent_layer(
@@ -316,25 +323,34 @@ def _run(
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     check(mode, input, h0, c0, weights, lengths, batch_first)
+    auto = engine == "auto"
     engine = choose(mode, input, h0, c0, weights, lengths, batch_first, engine)
     if engine == "torch" and not torch.compiler.is_compiling():
         return stock(mode, input, h0, c0, weights, lengths, batch_first)
     flat = [w for each in weights for w in each if w is not None]
     differentiated = [x for x in (input, h0, c0, *flat) if x is not None and x.requires_grad]
     time = input.transpose(0, 1) if batch_first else input
-    output, h_n, c_n, *_ = _RecurrentLayer.apply(
-        input,
-        h0,
-        c0,
-        None if lengths is None else lengths.to(torch.int32),
-        mode,
-        batch_first,
-        time.stride(0) < time.stride(1),
-        engine,
-        torch.is_grad_enabled() and bool(differentiated),
-        *flat,
-    )
-    return output, h_n, c_n if mode == "LSTM" else None
+
+    def by_kernels() -> tuple[Tensor, Tensor, Tensor | None]:
+        output, h_n, c_n, *_ = _RecurrentLayer.apply(
+            input,
+            h0,
+            c0,
+            None if lengths is None else lengths.to(torch.int32),
+            mode,
+            batch_first,
+            time.stride(0) < time.stride(1),
+            engine,
+            torch.is_grad_enabled() and bool(differentiated),
+            auto,
+            *flat,
+        )
+        return output, h_n, c_n if mode == "LSTM" else None
+
+    def by_torch() -> tuple[Tensor, Tensor, Tensor | None]:
+        return stock(mode, input, h0, c0, weights, lengths, batch_first)
+
+    return _library.or_stock("rnn", auto, by_kernels, by_torch)
 
 
 def choose(
@@ -366,7 +382,7 @@ def choose(
 
 
 def _from_table(mode: str, input: Tensor, weights: Sequence[Weights], lengths: Tensor | None, batch_first: bool) -> str:
-    if input.device.type != "cuda" or input.numel() == 0:
+    if input.device.type != "cuda" or input.numel() == 0 or "rnn" in _library.BROKEN:
         return "torch"
     index = _env.index_of(input.device)
     major, minor = _env.capability(index)

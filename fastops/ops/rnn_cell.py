@@ -174,66 +174,96 @@ def _bias_gradients(
 
 class _LSTMCell(torch.autograd.Function):
     @staticmethod
-    def forward(product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, c: Tensor) -> Any:
+    def forward(
+        product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, c: Tensor, auto: bool
+    ) -> Any:
         return _lstm_forward(product_x, product_h, b_ih, b_hh, c)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
+        *tensors, ctx.auto = inputs
         ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(*inputs, output[1], output[2])
+        ctx.save_for_backward(*tensors, output[1], output[2])
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, _: Any) -> Any:
         product_x, product_h, b_ih, b_hh, c, c_out, gates = ctx.saved_tensors
-        if _library.differentiable_again():
+
+        def stock(again: bool = False) -> Any:
             inputs = (product_x, product_h, b_ih, b_hh, c)
-            return _library.reference_gradients(lstm_reference, inputs, ctx.needs_input_grad, (grad_h, grad_c))
-        if grad_h is None and grad_c is None:
-            return None, None, None, None, None
-        grad_gates, grad_c_in = _lstm_backward(grad_h, grad_c, c, c_out, gates)
-        return grad_gates, grad_gates, *_bias_gradients(grad_gates, grad_gates, ctx.needs_input_grad), grad_c_in
+            wanted = ctx.needs_input_grad[:5]
+            return _library.reference_gradients(lstm_reference, inputs, wanted, (grad_h, grad_c), again)
+
+        def kernels() -> Any:
+            if grad_h is None and grad_c is None:
+                return None, None, None, None, None
+            grad_gates, grad_c_in = _lstm_backward(grad_h, grad_c, c, c_out, gates)
+            return grad_gates, grad_gates, *_bias_gradients(grad_gates, grad_gates, ctx.needs_input_grad), grad_c_in
+
+        if _library.differentiable_again():
+            return *stock(again=True), None
+        return *_library.or_stock("rnn_cell", ctx.auto, kernels, stock), None
 
 
 class _GRUCell(torch.autograd.Function):
     @staticmethod
-    def forward(product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h: Tensor) -> Any:
+    def forward(
+        product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h: Tensor, auto: bool
+    ) -> Any:
         return _gru_forward(product_x, product_h, b_ih, b_hh, h)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.auto = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         product_x, product_h, b_ih, b_hh, h, gates = ctx.saved_tensors
-        if _library.differentiable_again():
+
+        def stock(again: bool = False) -> Any:
             inputs = (product_x, product_h, b_ih, b_hh, h)
-            return _library.reference_gradients(gru_reference, inputs, ctx.needs_input_grad, grad)
-        grad_x, grad_h, grad_state = _gru_backward(grad, h, gates)
-        return grad_x, grad_h, *_bias_gradients(grad_x, grad_h, ctx.needs_input_grad), grad_state
+            return _library.reference_gradients(gru_reference, inputs, ctx.needs_input_grad[:5], grad, again)
+
+        def kernels() -> Any:
+            grad_x, grad_h, grad_state = _gru_backward(grad, h, gates)
+            return grad_x, grad_h, *_bias_gradients(grad_x, grad_h, ctx.needs_input_grad), grad_state
+
+        if _library.differentiable_again():
+            return *stock(again=True), None
+        return *_library.or_stock("rnn_cell", ctx.auto, kernels, stock), None
 
 
 class _RNNCell(torch.autograd.Function):
     @staticmethod
-    def forward(product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, tanh: bool) -> Any:
+    def forward(
+        product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, tanh: bool, auto: bool
+    ) -> Any:
         return _rnn_forward(product_x, product_h, b_ih, b_hh, tanh)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.tanh = inputs[4]
+        ctx.tanh, ctx.auto = inputs[4:]
         ctx.save_for_backward(*inputs[:4], output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         product_x, product_h, b_ih, b_hh, h_out = ctx.saved_tensors
-        if _library.differentiable_again():
-            again = functools.partial(rnn_reference, tanh=ctx.tanh)
+
+        def stock(again: bool = False) -> Any:
+            formula = functools.partial(rnn_reference, tanh=ctx.tanh)
             inputs = (product_x, product_h, b_ih, b_hh)
-            return *_library.reference_gradients(again, inputs, ctx.needs_input_grad[:4], grad), None
-        grad_gate = _rnn_backward(grad, h_out, ctx.tanh)
-        return grad_gate, grad_gate, *_bias_gradients(grad_gate, grad_gate, ctx.needs_input_grad), None
+            return _library.reference_gradients(formula, inputs, ctx.needs_input_grad[:4], grad, again)
+
+        def kernels() -> Any:
+            grad_gate = _rnn_backward(grad, h_out, ctx.tanh)
+            return grad_gate, grad_gate, *_bias_gradients(grad_gate, grad_gate, ctx.needs_input_grad)
+
+        if _library.differentiable_again():
+            return *stock(again=True), None, None
+        return *_library.or_stock("rnn_cell", ctx.auto, kernels, stock), None, None
 
 
 def _check(
@@ -290,7 +320,7 @@ def choose(impl: str, input: Tensor) -> str:
     engine = _env.choose_impl(impl, ENGINES)
     if engine != "auto":
         return engine
-    if input.device.type != "cuda" or why_not(input) is not None:
+    if input.device.type != "cuda" or "rnn_cell" in _library.BROKEN or why_not(input) is not None:
         return "torch"
     facts = {"dtype": str(input.dtype).removeprefix("torch."), "gpu": _env.device_name(_env.index_of(input.device))}
     return tuning.choose(ROWS, facts).engine
@@ -316,12 +346,17 @@ def _cell(
     reason = why_not(input)
     if reason is not None:
         raise _env.KernelUnavailable(f"{name}(impl='triton'): {reason}")
-    product_x, product_h = F.linear(input, w_ih), F.linear(states[0], w_hh)
-    if name == "lstm_cell":
-        return _LSTMCell.apply(product_x, product_h, b_ih, b_hh, states[1])[:2]
-    if name == "gru_cell":
-        return _GRUCell.apply(product_x, product_h, b_ih, b_hh, states[0])[0]
-    return _RNNCell.apply(product_x, product_h, b_ih, b_hh, name == "rnn_tanh_cell")
+    auto = _env.choose_impl(impl, ENGINES) == "auto"
+
+    def kernels() -> Any:
+        product_x, product_h = F.linear(input, w_ih), F.linear(states[0], w_hh)
+        if name == "lstm_cell":
+            return _LSTMCell.apply(product_x, product_h, b_ih, b_hh, states[1], auto)[:2]
+        if name == "gru_cell":
+            return _GRUCell.apply(product_x, product_h, b_ih, b_hh, states[0], auto)[0]
+        return _RNNCell.apply(product_x, product_h, b_ih, b_hh, name == "rnn_tanh_cell", auto)
+
+    return _library.or_stock("rnn_cell", auto, kernels, lambda: STOCK[name](input, hx, w_ih, w_hh, b_ih, b_hh))
 
 
 def lstm_cell(
