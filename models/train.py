@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
         help="digits or cifar10; library or text (language models); docstrings or table (classifiers)",
     )
     what.add_argument("--root", metavar="PATH", help="folder of cifar10 or text; .csv or .jsonl file of table")
+    what.add_argument("--fold", type=int, metavar="N", help="which fifth of the digits is held out: 0 (default) to 4")
     what.add_argument("--text-column", metavar="NAME", help="of a table (default: text)")
     what.add_argument("--label-column", metavar="NAME", help="of a table (default: label)")
     what.add_argument("--limit", type=_positive, metavar="N", help="use at most N samples, for a quick look")

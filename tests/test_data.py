@@ -51,6 +51,18 @@ class TestImages:
         assert batch["images"].dtype == torch.float32
         assert torch.equal(batch["target"], train.labels[:3])
 
+    def test_each_digit_is_held_out_by_one_fold(self):
+        pytest.importorskip("sklearn")
+        folds = [data.digits(64, train=False, fold=fold) for fold in range(5)]
+        assert [len(fold) for fold in folds] == [360, 360, 360, 360, 357]
+        whole = sum(int(fold.pixels.sum()) for fold in folds)
+        for fold, test in enumerate(folds):
+            train = data.digits(64, fold=fold)
+            assert len(train) + len(test) == 1797
+            assert int(train.pixels.sum()) + int(test.pixels.sum()) == whole
+        with pytest.raises(data.DataError, match="fold must be 0 to 4, got 5"):
+            data.digits(64, fold=5)
+
     def test_transform_is_the_textbooks(self):
         pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
         found = data.Images(pixels, torch.tensor([0, 1]), ("a", "b"), size=224, resize=256).batch(HERE(2), CPU)

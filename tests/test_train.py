@@ -342,6 +342,8 @@ class TestCommandLine:
         [
             (["bert", "--task", "lm"], "bert has no task 'lm'"),
             (["alexnet", "--data", "text"], "reads digits or cifar10"),
+            (["alexnet", "--fold", "7"], "fold must be 0 to 4, got 7"),
+            (["lstm", "--fold", "1"], "--fold is of the digits"),
             (["transformer", "--data", "table"], "needs --root"),
             (["alexnet", "--data", "cifar10", "--root", "/nowhere"], "is missing"),
             (["transformer", "--resume", "/nowhere.pt"], "/nowhere.pt is missing"),

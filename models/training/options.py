@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 # a resumed run must have these as the run had that wrote the checkpoint; everything else may change
-DEFINING = ("model", "task", "preset", "data", "batch", "learning_rate", "limit", "seed", "amp", "freeze")
+DEFINING = ("model", "task", "preset", "data", "fold", "batch", "learning_rate", "limit", "seed", "amp", "freeze")
 
 
 class OptionError(ValueError):
@@ -22,6 +22,7 @@ class Options:
     preset: str = "small"
     data: str | None = None
     root: str | None = None
+    fold: int = 0
     text_column: str = "text"
     label_column: str = "label"
     epochs: int | None = None

@@ -67,7 +67,7 @@ def resumed(options: Options, state: checkpoint.Checkpoint, given: set[str]) -> 
     """
     before = {name: tuple(value) if isinstance(value, list) else value for name, value in state["options"].items()}
     for name in sorted(given & set(DEFINING)):
-        if getattr(options, name) != before[name]:
+        if getattr(options, name) != before.setdefault(name, getattr(Options, name, None)):
             raise checkpoint.CheckpointError(
                 f"{options.resume} was written with {name} {before[name]!r}, not {getattr(options, name)!r}; "
                 "start a new run, or take only its weights with --init-from"

@@ -75,6 +75,8 @@ def settle(options: Options) -> Options:
         raise OptionError(f"{options.model} ({task}) reads {' or '.join(allowed)}, not {chosen!r}")
     if chosen in ("cifar10", "text", "table") and options.root is None:
         raise OptionError(f"--data {chosen} needs --root: the {'file' if chosen == 'table' else 'folder'} to read")
+    if options.fold and chosen != "digits":
+        raise OptionError(f"--fold is of the digits; what {chosen} holds out is fixed")
     if options.preset not in PRESET_NAMES:
         raise OptionError(f"preset must be one of {', '.join(PRESET_NAMES)}, got {options.preset!r}")
     preset = PRESETS[options.model, task][options.preset]
@@ -105,7 +107,7 @@ def _images(options: Options, preset: Preset) -> Task:
 
     size = preset.data["size"]
     if options.data == "digits":
-        train, test = data.digits(size), data.digits(size, train=False)
+        train, test = (data.digits(size, train=train, fold=options.fold) for train in (True, False))
     else:
         assert options.root is not None
         train = data.cifar10(options.root, **preset.data)
