@@ -10,7 +10,7 @@ JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help install test test-all bench gpu inspect-matrix lint format clean
+.PHONY: help install test test-all coverage matrix mutation bench gpu inspect-matrix lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -31,6 +31,18 @@ test: $(READY)  ## the tests that need no GPU (Triton kernels in its CPU interpr
 
 test-all: $(READY)  ## the same, with the long sweeps
 	$(PY) -m pytest -n $(JOBS) -m "not gpu" -q
+
+coverage: $(READY)  ## lines and branches of fastops/ that the fast tests run; fails under 95 %
+	rm -f .coverage .coverage.*
+	$(PY) -m coverage run -m pytest -n $(JOBS) -m "not gpu and not slow" -q
+	$(PY) -m coverage combine -q
+	$(PY) -m coverage report
+
+matrix: $(READY)  ## the tests under other versions of Python, torch, Triton, and without kernels; CELLS=, FULL=1
+	@JOBS="$(JOBS)" $(PY) .ci/matrix.py
+
+mutation: $(READY)  ## do the tests notice small faults in dispatch, limits and lengths? FILES= names some
+	@JOBS="$(JOBS)" $(PY) -m tests.mutation $(FILES)
 
 bench: $(READY)  ## the benchmark: GPU timings where there is a GPU, CPU timings and static figures elsewhere
 	$(PY) -m bench

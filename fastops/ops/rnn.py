@@ -341,7 +341,7 @@ def _run(
             batch_first,
             time.stride(0) < time.stride(1),
             engine,
-            torch.is_grad_enabled() and bool(differentiated),
+            torch.is_grad_enabled() and len(differentiated) > 0,  # torch 2.11 cannot trace bool() of a list
             auto,
             *flat,
         )
