@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MATRIX = Path(os.environ.get("MATRIX") or ROOT / ".venv-matrix").resolve()
 JOBS = os.environ.get("JOBS", "2")
-SAMPLE = 10  # one test in so many, another tenth in each cell
+SAMPLE = 20  # one test in so many, others in each cell
 EXTRAS = "bench,hf,examples,dev"
 ROOM_GB = 8  # an environment with PyTorch's CUDA libraries, and its downloads
 TIMEOUT_S = 3600

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing  # a module of its own: torch 2.11 does not import it unasked
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
