@@ -41,10 +41,13 @@ def curves(progress: Progress, task: Task, steps_per_epoch: int, path: str | Pat
     if task.baseline is not None:
         right.axhline(task.baseline, color=GREY, linestyle="--", label="most frequent class")
         right.set_ylim(0, 1.02)
+    else:
+        right.margins(y=0.2)  # room for the number below the last point
+    right.xaxis.get_major_locator().set_params(integer=True)
     if values:
         right.annotate(_number(values[-1], task), (epochs[-1], values[-1]), xytext=(-4, -14), ha="right", **_OFFSET)
     right.set(xlabel="epoch", ylabel=task.metric.replace("_", " "), title="held-out data")
-    right.legend(frameon=False, loc="center right")
+    right.legend(frameon=False, loc="upper right" if task.language_model else "center right")
     _save(figure, path)
 
 
