@@ -10,7 +10,7 @@ JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help install test test-all coverage matrix mutation bench gpu inspect-matrix lint format clean
+.PHONY: help install test test-slow test-all coverage matrix mutation bench gpu inspect-matrix lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -29,8 +29,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 test: $(READY)  ## the tests that need no GPU (Triton kernels in its CPU interpreter)
 	$(PY) -m pytest -n $(JOBS) -m "not gpu and not slow" -q
 
-test-all: $(READY)  ## the same, with the long sweeps
-	$(PY) -m pytest -n $(JOBS) -m "not gpu" -q
+test-slow: $(READY)  ## the long sweeps that `make test` leaves out
+	$(PY) -m pytest -n $(JOBS) -m "not gpu and slow" -q
+
+test-all: test test-slow  ## both
 
 coverage: $(READY)  ## lines and branches of fastops/ that the fast tests run; fails under 95 %
 	rm -f .coverage .coverage.*
