@@ -44,7 +44,7 @@ matrix: $(READY)  ## the tests under other versions of Python, torch, Triton, an
 	@JOBS="$(JOBS)" $(PY) .ci/matrix.py
 
 mutation: $(READY)  ## do the tests notice small faults in dispatch, limits and lengths? FILES= names some
-	@JOBS="$(JOBS)" $(PY) -m tests.mutation $(FILES)
+	@JOBS="$(JOBS)" $(PY) .ci/mutation.py $(FILES)
 
 bench: $(READY)  ## the benchmark: GPU timings where there is a GPU, CPU timings and static figures elsewhere
 	$(PY) -m bench

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+pytest.importorskip("triton")
+
 import fastops
 from fastops.kernels import conv2d, conv2d_backward
 from fastops.kernels.conv2d import Shape

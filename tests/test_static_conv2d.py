@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest.importorskip("triton")
+
 from fastops.inspection import compile_cases
 from fastops.kernels.conv2d_static import static_cases
 

@@ -157,7 +157,7 @@ def _stock_on_cpu(*tensors: Any) -> bool:
     """Whether "auto" is stock PyTorch whatever the shapes: plain CPU tensors with at least one key."""
     if not all(isinstance(t, Tensor) and t.device.type == "cpu" and not t.is_nested for t in tensors):
         return False
-    if not all(t.dim() >= 3 and t.shape[-2] for t in tensors):
+    if not all(t.dim() >= 3 and t.shape[-2] and t.shape[-3] for t in tensors):  # 0 heads of enable_gqa crash torch
         return False
     return _env.choose_impl("auto", IMPLS) != "triton"
 

@@ -175,6 +175,8 @@ def stock(
     bias = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
     if alibi_slopes is not None:
         alibi = alibi_bias(alibi_slopes.to(query.dtype), query.shape[-2], key.shape[-2], shift)
+        if query.dim() == key.dim() == value.dim() == 2:  # one head, without a dimension of its own
+            alibi = alibi[0]
         bias = alibi if bias is None else bias + alibi
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
