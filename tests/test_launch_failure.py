@@ -41,6 +41,7 @@ def weights_of(mode, *flat):
 def by_row(module):
     def take(monkeypatch):
         monkeypatch.setattr(module, "_plain_cuda", lambda *tensors: True)
+        monkeypatch.setattr(module, "_on_cpu", lambda tensor: False)
         monkeypatch.setattr(tuning, "choose", lambda *_: tuning.Row("triton", "", "", ()))
 
     return take
