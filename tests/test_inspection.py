@@ -1,5 +1,7 @@
 """Compiling for GPUs that are not here: what the reports say of kernels whose machine code is known."""
 
+import json
+
 import pytest
 
 pytest.importorskip("triton")
@@ -188,3 +190,22 @@ def test_kernels_that_cannot_be_addressed_are_named():
 def test_nothing_to_do():
     assert compile_cases([], [90]) == []
     assert compile_cases([product()], []) == []
+
+
+def test_constants_travel_to_another_process_and_back(tmp_path):
+    import triton.language as tl
+
+    from fastops.inspection import _source
+
+    for value in (None, True, 3, 0.5, "ieee", (1, (2, "a")), tl.float16, product_kernel):
+        assert _source.decode(json.loads(json.dumps(_source.encode("X", value)))) == value
+    assert _source.encode("X", tl.constexpr(3)) == 3
+    with pytest.raises(TypeError, match="constexpr X="):
+        _source.encode("X", object())
+    # a file that no module path reaches, and one that fails
+    (tmp_path / "mine.py").write_text("VALUE = 5\n")
+    (tmp_path / "fails.py").write_text("VALUE = 1 / 0\n")
+    assert _source.find({"module": "__main__", "file": str(tmp_path / "mine.py"), "name": "VALUE"}) == 5
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            _source.find({"module": "__main__", "file": str(tmp_path / "fails.py"), "name": "VALUE"})
