@@ -128,7 +128,7 @@ def forward(
                     BARRIER=plan.tiles > 1 and not alone,
                     PRECISION=_precision(input.dtype),
                     MATH=math_of(input.dtype),
-                    **_options(plan),
+                    **({} if interpreted() else plan.options),
                 )
                 if alone:
                     state = h_n.clone()
@@ -222,7 +222,7 @@ def backward(
                     FINISH=not alone or s_end == 0,
                     PRECISION=_precision(input.dtype),
                     MATH=math_of(input.dtype),
-                    **_options(plan),
+                    **({} if interpreted() else plan.options),
                 )
     found = [_input_gradient(input, weights, per, d_gates, mode, batch_first, batch_rows) if needs[0] else None]
     found.append(d_state.to(input.dtype) if needs[1] else None)
@@ -329,12 +329,6 @@ def math_of(dtype: torch.dtype) -> str:
     if interpreted():
         return "exact"
     return {torch.float16: "fast", torch.bfloat16: "approx"}.get(dtype, "exact")
-
-
-def _options(plan: Plan) -> dict[str, object]:
-    if interpreted():
-        return {}
-    return {"num_warps": plan.num_warps, "num_stages": 1, "launch_cooperative_grid": plan.tiles > 1}
 
 
 def _input_gradient(

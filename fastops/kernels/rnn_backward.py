@@ -65,19 +65,10 @@ def backward_kernel(
     SHIFT: tl.constexpr = 2 if MODE == "GRU" else 0
 
     pid = tl.program_id(0)
-    tile_h = pid % TILES
-    tile_b = first_tile + pid // TILES % batch_tiles
-    direction = pid // (TILES * batch_tiles)
-    dtype = w_hh_ptr.dtype.element_ty
-
-    unit = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
-    row = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
-    row64 = tl.minimum(row, B - 1).to(tl.int64)
-    unit_real = unit < H
-    if H % BLOCK_H == 0:
-        unit_real = tl.full((BLOCK_H,), True, tl.int1)
+    direction, tile_b, unit, unit_real, row, row64 = _place(pid, first_tile, batch_tiles, B, H, BLOCK_H, BLOCK_B)
     real = unit_real[:, None] & (row < B)[None, :]
     readable = unit_real[:, None] & tl.full((1, BLOCK_B), True, tl.int1)
+    dtype = w_hh_ptr.dtype.element_ty
 
     w_hh_ptr += direction.to(tl.int64) * (GATES * H * H)
     weights = ()
@@ -209,9 +200,28 @@ def backward_kernel(
         if patience == 0:
             tl.store(error_ptr, 1)
             dh = tl.full((BLOCK_H, BLOCK_B), float("nan"), tl.float32)
+    # the place once more, from a number that only the loop knows (0): else registers would hold it all the while
+    pid += tl.minimum(patience, 0)
+    direction, _, unit, unit_real, row, row64 = _place(pid, first_tile, batch_tiles, B, H, BLOCK_H, BLOCK_B)
+    real = unit_real[:, None] & (row < B)[None, :]
+    own_state = ((direction * B + row64) * H)[None, :] + unit[:, None]
     tl.store(d_state_ptr + own_state, dh, mask=real)
     if MODE == "LSTM":
         tl.store(d_cell_ptr + own_state, dc, mask=real)
+
+
+@triton.jit
+def _place(pid, first_tile, batch_tiles, B, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Direction, batch tile, units and batch rows of a program; rows past the batch repeat its last one."""
+    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    direction = pid // (TILES * batch_tiles)
+    tile_b = first_tile + pid // TILES % batch_tiles
+    unit = pid % TILES * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    unit_real = unit < H
+    if H % BLOCK_H == 0:
+        unit_real = tl.full((BLOCK_H,), True, tl.int1)
+    return direction, tile_b, unit, unit_real, row, tl.minimum(row, B - 1).to(tl.int64)
 
 
 @triton.jit

@@ -58,6 +58,18 @@ class Plan:
     split: int = 1
     group: int = 1
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What Triton is told beyond the sizes.
+
+        Programs that meet at a barrier have a multiprocessor each. The assembler does not know, and would rather spill
+        than use more than half of its registers.
+        """
+        options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": 1}
+        if self.tiles > 1:
+            options |= {"launch_cooperative_grid": True, "maxnreg": 65536 // (32 * self.num_warps) - 1}
+        return options
+
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n and at least 16, the least side of a tl.dot."""
@@ -119,15 +131,19 @@ def _backward_plans(mode: str, hidden: int, directions: int, itemsize: int, mach
     gates = GATES[mode]
     warps = 8
     block_h = 16 if gates > 1 else 32
-    least = warps * (32 // itemsize)
     tiles = -(-hidden // block_h)
+    least = 16 * warps  # the shortest inner side of a product, for each warp
     for block_b in (16, 32):
-        sizes = (1024, 512, 256, 128, 64) if block_b == 16 else (least,)  # larger pieces of 32 rows spill
-        block_k = next(k for k in sizes if -(-hidden // k) * k <= 1.15 * hidden or k <= least)
-        pieces = gates * -(-hidden // block_k)
         fits = machine.multiprocessors // (tiles * directions)
-        slice_bytes = itemsize * pieces * block_k * block_h
-        piece_bytes = itemsize * block_k * block_b
-        group = max(1, min(pieces, 65536 // piece_bytes)) if block_b == 16 else min(pieces, 2)
-        needed = slice_bytes + group * piece_bytes + 2048
+        # gradients on their way to one product: the more, the fewer joins of the program a step
+        for staged in (65536, 32768, 16384):
+            sizes = (k for k in (1024, 512, 256, 128) if k * block_b <= 16384 and itemsize * k * block_b <= staged)
+            block_k = next((k for k in sizes if -(-hidden // k) * k <= 1.15 * hidden), least)
+            pieces = gates * -(-hidden // block_k)
+            slice_bytes = itemsize * pieces * block_k * block_h
+            piece_bytes = itemsize * block_k * block_b
+            group = max(1, min(pieces, staged // piece_bytes))
+            needed = slice_bytes + group * piece_bytes + 2048
+            if needed <= machine.shared_bytes:
+                break
         yield Plan(block_h, block_b, block_k, tiles, fits, warps, warps, group), needed

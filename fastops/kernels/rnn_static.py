@@ -137,7 +137,7 @@ def _case(
         constexprs=constexprs,
         num_warps=plan.num_warps,
         num_stages=1,
-        options={"launch_cooperative_grid": True} if plan.tiles > 1 else {},
+        options={name: value for name, value in plan.options.items() if name not in ("num_warps", "num_stages")},
         divisible_by_16=_aligned(signature),
         targets=(target,),
         grid=plan.tiles * tiles * directions,
