@@ -13,7 +13,7 @@ writes its own slots' gradients. dh and dc stay in fp32 registers from the last 
 import triton
 import triton.language as tl
 
-from fastops.kernels.rnn_gates import FREE, arrive, step_backward, wait
+from fastops.kernels.rnn_gates import FREE, arrive, inner, place, step_backward, wait
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -65,7 +65,7 @@ def backward_kernel(
     SHIFT: tl.constexpr = 2 if MODE == "GRU" else 0
 
     pid = tl.program_id(0)
-    direction, tile_b, unit, unit_real, row, row64 = _place(pid, first_tile, batch_tiles, B, H, BLOCK_H, BLOCK_B)
+    direction, tile_b, unit, unit_real, row, row64 = place(pid, first_tile, batch_tiles, B, H, BLOCK_H, BLOCK_B)
     real = unit_real[:, None] & (row < B)[None, :]
     readable = unit_real[:, None] & tl.full((1, BLOCK_B), True, tl.int1)
     dtype = w_hh_ptr.dtype.element_ty
@@ -79,7 +79,7 @@ def backward_kernel(
             ptrs = w_hh_ptr + (gate * H + ks)[None, :] * H + unit[:, None]
             weights = weights + (tl.load(ptrs, mask=unit_real[:, None] & (ks < H)[None, :], other=0.0),)
         else:
-            ks = _inner(index % CHUNKS, BLOCK_K, SPLIT)
+            ks = inner(index % CHUNKS, BLOCK_K, SPLIT)
             ptrs = w_hh_ptr + (gate * H + ks)[:, None, :] * H + unit[None, :, None]
             mask = unit_real[None, :, None] & (ks < H)[:, None, :]
             weights = weights + (tl.load(ptrs, mask=mask, other=0.0),)
@@ -202,33 +202,12 @@ def backward_kernel(
             dh = tl.full((BLOCK_H, BLOCK_B), float("nan"), tl.float32)
     # the place once more, from a number that only the loop knows (0): else registers would hold it all the while
     pid += tl.minimum(patience, 0)
-    direction, _, unit, unit_real, row, row64 = _place(pid, first_tile, batch_tiles, B, H, BLOCK_H, BLOCK_B)
+    direction, _, unit, unit_real, row, row64 = place(pid, first_tile, batch_tiles, B, H, BLOCK_H, BLOCK_B)
     real = unit_real[:, None] & (row < B)[None, :]
     own_state = ((direction * B + row64) * H)[None, :] + unit[:, None]
     tl.store(d_state_ptr + own_state, dh, mask=real)
     if MODE == "LSTM":
         tl.store(d_cell_ptr + own_state, dc, mask=real)
-
-
-@triton.jit
-def _place(pid, first_tile, batch_tiles, B, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
-    """Direction, batch tile, units and batch rows of a program; rows past the batch repeat its last one."""
-    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    direction = pid // (TILES * batch_tiles)
-    tile_b = first_tile + pid // TILES % batch_tiles
-    unit = pid % TILES * BLOCK_H + tl.arange(0, BLOCK_H)
-    row = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
-    unit_real = unit < H
-    if H % BLOCK_H == 0:
-        unit_real = tl.full((BLOCK_H,), True, tl.int1)
-    return direction, tile_b, unit, unit_real, row, tl.minimum(row, B - 1).to(tl.int64)
-
-
-@triton.jit
-def _inner(chunk, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
-    """(SPLIT, BLOCK_K / SPLIT) indices along the inner dimension, a row for each warp."""
-    warp = tl.arange(0, SPLIT) * (BLOCK_K // SPLIT)
-    return chunk * BLOCK_K + warp[:, None] + tl.arange(0, BLOCK_K // SPLIT)[None, :]
 
 
 @triton.jit
@@ -253,7 +232,7 @@ def _product(
     for first in tl.static_range(0, PIECES, GROUP):
         pieces = ()
         for index in tl.static_range(first, min(first + GROUP, PIECES)):
-            ks = _inner(index % CHUNKS, BLOCK_K, SPLIT)
+            ks = inner(index % CHUNKS, BLOCK_K, SPLIT)
             ptrs = row_ptrs[None, None, :] + index // CHUNKS * H + ks[:, :, None]
             if RAGGED or H % BLOCK_K != 0:
                 mask = (ks < H)[:, :, None]

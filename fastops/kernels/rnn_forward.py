@@ -12,7 +12,7 @@ BLOCK_H * BLOCK_B of h, and with SAVE the slots, c and the state before the step
 import triton
 import triton.language as tl
 
-from fastops.kernels.rnn_gates import FREE, arrive, step_forward, wait
+from fastops.kernels.rnn_gates import FREE, arrive, place, step_forward, wait
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -59,32 +59,23 @@ def forward_kernel(
     ON_CHIP: tl.constexpr = TILES == 1
 
     pid = tl.program_id(0)
-    tile_h = pid % TILES
-    tile_b = first_tile + pid // TILES % batch_tiles
-    direction = pid // (TILES * batch_tiles)
+    direction, tile_b, unit, unit_real, row, row64 = place(pid, first_tile, batch_tiles, B, H, BLOCK_H, BLOCK_B)
+    real = unit_real[:, None] & (row < B)[None, :]
+    # columns of the products are independent, so rows past the batch may repeat its last one; only stores are masked
+    readable = unit_real[:, None] & tl.full((1, BLOCK_B), True, tl.int1)
     dtype = w_hh_ptr.dtype.element_ty
 
-    k = tl.arange(0, BLOCK_K)
+    w_hh_ptr += direction.to(tl.int64) * (GATES * H * H)
+    weights = ()
     m = tl.arange(0, SLOTS * BLOCK_H)
     slot = m // BLOCK_H
-    m_unit = tile_h * BLOCK_H + m % BLOCK_H
+    m_unit = pid % TILES * BLOCK_H + m % BLOCK_H
     gate = (slot + 2) % 3 if MODE == "GRU" else slot
-    m_real = (m_unit < H) & (slot < GATES)
-    w_ptrs = w_hh_ptr + direction.to(tl.int64) * (GATES * H * H) + (gate * H + m_unit)[:, None] * H
-    weights = ()
+    w_ptrs = w_hh_ptr + (gate * H + m_unit)[:, None] * H
+    m_real = ((m_unit < H) & (slot < GATES))[:, None]
     for chunk in tl.static_range(CHUNKS):
-        ks = chunk * BLOCK_K + k
-        weights = weights + (tl.load(w_ptrs + ks[None, :], mask=m_real[:, None] & (ks < H)[None, :], other=0.0),)
-
-    unit = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
-    row = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
-    # columns of the products are independent, so rows past the batch may repeat its last one; only stores are masked
-    row64 = tl.minimum(row, B - 1).to(tl.int64)
-    unit_real = unit < H
-    if H % BLOCK_H == 0:
-        unit_real = tl.full((BLOCK_H,), True, tl.int1)
-    real = unit_real[:, None] & (row < B)[None, :]
-    readable = unit_real[:, None] & tl.full((1, BLOCK_B), True, tl.int1)
+        ks = (chunk * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+        weights = weights + (tl.load(w_ptrs + ks, mask=m_real & (ks < H), other=0.0),)
 
     # step s is time s forward and time length - 1 - s backward: both start at step 0 with the initial state
     sign = 1 - 2 * direction
@@ -112,24 +103,30 @@ def forward_kernel(
     if MODE == "GRU":
         bias = tl.load(b_hn_ptr + direction * H + unit, mask=unit < H, other=0.0).to(tl.float32)[:, None]
     g_ptrs = gates_ptr + g_row[None, :] * (SLOTS * H) + unit[:, None]
-    y_own = y_row[None, :] + unit[:, None]
+    y_ptrs = output_ptr + y_row[None, :] + unit[:, None]
     before_ptrs = before_ptr + g_row[None, :] * H + unit[:, None]
     cells_ptrs = cells_ptr + g_row[None, :] * H + unit[:, None]
-    running = real
-    if RAGGED:
-        readable &= (s_start < length)[None, :]
-        running &= readable
-    x0, x1, x2, x3 = _load_slots(g_ptrs, readable, bias, MODE, H)
-    if SAVE:
-        tl.store(before_ptrs, h_state, mask=running & (s_start == 0))
-
-    # before the loop: the recurrent product of step s_start
-    if ON_CHIP:
-        sums = tl.dot(weights[0], h_state, input_precision=PRECISION)
-    else:
-        sums = _product(weights, h_in_ptr + state_row, s_start < length, RAGGED, H, BLOCK_K, CHUNKS, PRECISION)
     counter_ptr += direction * batch_tiles + (tile_b - first_tile)
+    h_rows = h_in_ptr + state_row
+    y_rows = output_ptr + y_row
     for s in range(s_start, s_end):
+        running = real
+        if RAGGED:
+            readable = unit_real[:, None] & (s < length)[None, :]
+            running = real & readable
+        # while the others arrive
+        x0, x1, x2, x3 = _load_slots(g_ptrs, readable, bias, MODE, H)
+        if SAVE:
+            tl.store(before_ptrs, h_state, mask=running)
+        if ON_CHIP:
+            chunks = (h_state,)
+        else:
+            if BARRIER:
+                patience = wait(counter_ptr, (s - s_start) * TILES, patience)
+            chunks = _load_state(h_rows, s < length, RAGGED, H, BLOCK_K, CHUNKS)
+        sums = tl.dot(weights[0], chunks[0], input_precision=PRECISION)
+        for chunk in tl.static_range(1, CHUNKS):
+            sums = tl.dot(weights[chunk], chunks[chunk], sums, input_precision=PRECISION)
         if SLOTS == 4:
             even, odd = tl.split(tl.permute(tl.reshape(sums, (2, 2, BLOCK_H, BLOCK_B)), (2, 3, 0, 1)))
             sum0, sum2 = tl.split(even)
@@ -140,7 +137,7 @@ def forward_kernel(
             MODE, MATH, sum0 + x0, sum1 + x1, sum2 + x2, sum3 + x3, h_state.to(tl.float32), c
         )
         h = h.to(dtype)
-        tl.store(output_ptr + y_own, h, mask=running)
+        tl.store(y_ptrs, h, mask=running)
         if RAGGED:
             h = tl.where(running, h, h_state)
             next_c = tl.where(running, next_c, c) if MODE == "LSTM" else next_c
@@ -149,7 +146,6 @@ def forward_kernel(
         if BARRIER:
             arrive(counter_ptr)
 
-        # while the others arrive: save for backward, fetch the next input product
         if SAVE and SLOTS == 4:
             tl.store(g_ptrs, s0, mask=running)
             tl.store(g_ptrs + H, s1, mask=running)
@@ -157,50 +153,35 @@ def forward_kernel(
             tl.store(g_ptrs + 3 * H, s3, mask=running)
         if SAVE and MODE == "LSTM":
             tl.store(cells_ptrs, c, mask=running)
-        if RAGGED:
-            readable = unit_real[:, None] & (s + 1 < length)[None, :]
-            running = real & readable
+        h_rows = y_rows
+        y_rows += y_step
+        y_ptrs += y_step
         g_ptrs += g_step * (SLOTS * H)
         before_ptrs += g_step * H
         cells_ptrs += g_step * H
-        x0, x1, x2, x3 = _load_slots(g_ptrs, readable & (s + 1 < T), bias, MODE, H)
-        if SAVE:
-            tl.store(before_ptrs, h_state, mask=running & (s + 1 < T))
-
-        if BARRIER:
-            patience = wait(counter_ptr, (s + 1 - s_start) * TILES, patience)
-        if ON_CHIP:
-            sums = tl.dot(weights[0], h_state, input_precision=PRECISION)
-        else:
-            # what the programs of this batch tile wrote to the output
-            sums = _product(weights, output_ptr + y_row, s + 1 < length, RAGGED, H, BLOCK_K, CHUNKS, PRECISION)
-        output_ptr += y_step
 
     if BARRIER:
         if patience == 0:
             tl.store(error_ptr, 1)
             h_state = tl.full((BLOCK_H, BLOCK_B), float("nan"), dtype)
-    tl.store(h_out_ptr + state_row[None, :] + unit[:, None], h_state, mask=real)
+    # the place once more, from a number that only the loop knows (0): else registers would hold it all the while
+    pid += tl.minimum(patience, 0)
+    direction, _, unit, unit_real, row, row64 = place(pid, first_tile, batch_tiles, B, H, BLOCK_H, BLOCK_B)
+    real = unit_real[:, None] & (row < B)[None, :]
+    own_state = ((direction * B + row64) * H)[None, :] + unit[:, None]
+    tl.store(h_out_ptr + own_state, h_state, mask=real)
     if MODE == "LSTM":
-        tl.store(cell_ptr + state_row[None, :] + unit[:, None], c, mask=real)
+        tl.store(cell_ptr + own_state, c, mask=real)
 
 
 @triton.jit
-def _product(
-    weights,
-    row_ptrs,
-    running,
-    RAGGED: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _load_state(
+    row_ptrs, running, RAGGED: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """W_slice @ h^T with h from other programs, so past L1; all of h is requested before the first product."""
-    k = tl.arange(0, BLOCK_K)
+    """h^T from other programs, so past L1; all of it is requested before the first product."""
     chunks = ()
     for chunk in tl.static_range(CHUNKS):
-        ks = chunk * BLOCK_K + k
+        ks = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
         ptrs = row_ptrs[None, :] + ks[:, None]
         if RAGGED or H % BLOCK_K != 0:
             mask = (ks < H)[:, None]
@@ -209,10 +190,7 @@ def _product(
             chunks = chunks + (tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg"),)
         else:
             chunks = chunks + (tl.load(ptrs, cache_modifier=".cg"),)
-    sums = tl.dot(weights[0], chunks[0], input_precision=PRECISION)
-    for chunk in tl.static_range(1, CHUNKS):
-        sums = tl.dot(weights[chunk], chunks[chunk], sums, input_precision=PRECISION)
-    return sums
+    return chunks
 
 
 @triton.jit

@@ -108,6 +108,27 @@ def step_backward(MODE: tl.constexpr, MATH: tl.constexpr, s0, s1, s2, s3, c, ear
 
 
 @triton.jit
+def place(pid, first_tile, batch_tiles, B, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Direction, batch tile, units and batch rows of a program; rows past the batch repeat its last one."""
+    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    direction = pid // (TILES * batch_tiles)
+    tile_b = first_tile + pid // TILES % batch_tiles
+    unit = pid % TILES * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    unit_real = unit < H
+    if H % BLOCK_H == 0:
+        unit_real = tl.full((BLOCK_H,), True, tl.int1)
+    return direction, tile_b, unit, unit_real, row, tl.minimum(row, B - 1).to(tl.int64)
+
+
+@triton.jit
+def inner(chunk, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
+    """(SPLIT, BLOCK_K / SPLIT) indices along the inner dimension, a row for each part."""
+    warp = tl.arange(0, SPLIT) * (BLOCK_K // SPLIT)
+    return chunk * BLOCK_K + warp[:, None] + tl.arange(0, BLOCK_K // SPLIT)[None, :]
+
+
+@triton.jit
 def arrive(counter_ptr):
     """Publish this program's stores and count it in."""
     # without a barrier of the whole program the release orders the stores of one thread only

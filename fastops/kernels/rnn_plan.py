@@ -18,6 +18,7 @@ PERSISTENT_HIDDEN = 1024
 
 # bytes a block may use, by compute capability, and multiprocessors to plan with where there is no GPU to ask
 SHARED_BYTES = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
+TENSOR_MEMORY = (100, 103)
 ASSUMED_MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 
 
@@ -55,8 +56,8 @@ class Plan:
     tiles: int
     batch_tiles: int
     num_warps: int
-    split: int = 1
-    group: int = 1
+    split: int = 1  # parts of the inner dimension, backward
+    group: int = 1  # pieces of the gradients on their way to one product, backward
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -80,15 +81,21 @@ def small(mode: str, hidden: int, itemsize: int, machine: Machine, backward: boo
     """One program per batch tile with all of W_hh on chip, or why not."""
     if hidden > SMALL_HIDDEN:
         return f"the small engine takes a hidden size of at most {SMALL_HIDDEN}, got {hidden}"
+    if machine.target in TENSOR_MEMORY and backward and mode == "LSTM" and hidden > 64:
+        return (
+            f"with tensor memory (sm_{machine.target}) its backward pass takes a hidden size of at most 64, got {hidden}"
+        )
     side = power_of_two(hidden)
     held = (GATES if backward else SLOTS)[mode]
-    needed = itemsize * side * (held * side + 16 * (held if backward else 1))
-    if needed > machine.shared_bytes - 4096:
+    exchanged = 16 * held * side * (itemsize if backward else 4)
+    needed = itemsize * held * side * side + exchanged
+    if needed > machine.shared_bytes - (4096 if backward else 0):
         return (
             f"W_hh of hidden size {hidden} needs {needed} bytes of shared memory, sm_{machine.target} has "
             f"{machine.shared_bytes} a block"
         )
-    return Plan(side, 16, side, 1, 1 << 30, 4 if side <= 32 else 8, group=1)
+    warps = 4 if side <= 32 else 16 if side > 64 and SLOTS[mode] > 1 and not backward else 8
+    return Plan(side, 16, side, 1, 1 << 30, warps)
 
 
 def persistent(
@@ -97,6 +104,11 @@ def persistent(
     """Several programs per batch tile, each with a slice of W_hh on chip, or why not."""
     if hidden > PERSISTENT_HIDDEN or hidden % 8:
         return f"the persistent engine takes hidden sizes of at most {PERSISTENT_HIDDEN} divisible by 8, got {hidden}"
+    if machine.target in TENSOR_MEMORY and itemsize * hidden > 1024 and GATES[mode] == 1:
+        return (
+            f"with tensor memory (sm_{machine.target}) a plain RNN runs persistently up to a hidden size of "
+            f"{1024 // itemsize} in this dtype, got {hidden}"
+        )
     plans = _backward_plans if backward else _forward_plans
     least = None
     for plan, needed in plans(mode, hidden, directions, itemsize, machine):
@@ -116,15 +128,20 @@ def persistent(
 
 
 def _forward_plans(mode: str, hidden: int, directions: int, itemsize: int, machine: Machine):
-    slots = SLOTS[mode]
-    block_h = 64 // slots  # 64 rows: the long side of a tensor-core instruction
-    block_k = next(k for k in (1024, 512, 256, 128, 64, 32, 16) if -(-hidden // k) * k <= 1.15 * hidden or k == 16)
-    padded = -(-hidden // block_k) * block_k
+    block_h = 64 // SLOTS[mode]  # 64 rows: the long side of a tensor-core instruction
     tiles = -(-hidden // block_h)
-    for block_b in (16, 32, 64):
+    # tensor memory takes an address in registers for every 32 bytes along the inner side, too many of a long one;
+    # the compiler uses it with 4 or 8 warps only
+    warps = 16 if machine.target in TENSOR_MEMORY and itemsize * hidden > 1024 else 8
+    for block_b in (16, 32, 64) if warps == 8 else (32,):
+        # where all warps take part in a product, the compiler fetches a whole chunk of W_hh ahead: short ones fit
+        longest = 1024 if machine.target == 90 else 16384 // max(32, block_b)
+        sizes = (k for k in (1024, 512, 256, 128, 64, 32, 16) if k <= longest)
+        block_k = next(k for k in sizes if -(-hidden // k) * k <= 1.15 * hidden or k == 16)
+        padded = -(-hidden // block_k) * block_k
         fits = machine.multiprocessors // (tiles * directions)
         needed = itemsize * padded * (64 + block_b) + 2048
-        yield Plan(block_h, block_b, block_k, tiles, fits, 8), needed
+        yield Plan(block_h, block_b, block_k, tiles, fits, warps), needed
 
 
 def _backward_plans(mode: str, hidden: int, directions: int, itemsize: int, machine: Machine):
@@ -146,4 +163,4 @@ def _backward_plans(mode: str, hidden: int, directions: int, itemsize: int, mach
             needed = slice_bytes + group * piece_bytes + 2048
             if needed <= machine.shared_bytes:
                 break
-        yield Plan(block_h, block_b, block_k, tiles, fits, warps, warps, group), needed
+        yield Plan(block_h, block_b, block_k, tiles, fits, warps, split=warps, group=group), needed
