@@ -85,6 +85,15 @@ def choose_impl(impl: str, allowed: tuple[str, ...]) -> str:
 _ENVIRONMENT: Any = getattr(os.environ, "_data", os.environ)
 _ENCODED_IMPL: Any = "FASTOPS_IMPL" if _ENVIRONMENT is os.environ else os.fsencode("FASTOPS_IMPL")
 
+
+def nothing_to_choose(impl: str, input: Any) -> bool:
+    """Whether "auto" is stock PyTorch without further questions: a plain CPU tensor, and no FASTOPS_IMPL.
+
+    For calls so small that the questions themselves would be felt.
+    """
+    return impl == "auto" and type(input) is torch.Tensor and input.is_cpu and _ENCODED_IMPL not in _ENVIRONMENT
+
+
 KNOWN_IMPLS = ("auto", "triton", "hybrid", "persistent", "small", "step", "torch")
 
 

@@ -67,6 +67,31 @@ def test_every_variant(impl, variant):
     check(impl, tensors, **options_for(steps, batch, hidden, *variant))
 
 
+def row_errors(found, truth):
+    """Largest error of each batch row: of the output (T, B, H), h_n and c_n (B, H)."""
+    return [(f.double() - t).abs().transpose(0, -2).flatten(1).amax(1) for f, t in zip(found, truth, strict=True)]
+
+
+@pytest.mark.parametrize("impl", ["small", "step"])
+def test_rounding_over_many_rows(impl):
+    """In units of what a rounding of the inputs does to a row, the mean square of all rows is at most twice stock's.
+
+    A row whose candidate is nearly constant multiplies every rounding, so that no bound holds for the largest error.
+    """
+    with torch.no_grad():
+        tensors = [t.detach() for t in arguments(3, 200 if impl == "small" else 50, 12)]
+        exact = [t.double() for t in tensors]
+        truth = ops.layer_norm_lstm(*exact, impl="torch")
+        units = [torch.full((len(truth[1]),), 2.0**-24, dtype=torch.float64)] * 3
+        for _ in range(4):
+            rounded = [t * (1 + 2.0**-24 * (2 * torch.rand_like(t) - 1)) for t in exact]
+            moved = row_errors(ops.layer_norm_lstm(*rounded, impl="torch"), truth)
+            units = [torch.maximum(u, m) for u, m in zip(units, moved, strict=True)]
+        ours, stock = (row_errors(ops.layer_norm_lstm(*tensors, impl=i), truth) for i in (impl, "torch"))
+    for mine, theirs, unit in zip(ours, stock, units, strict=True):
+        assert (mine / unit).square().mean().sqrt() <= 2 * (theirs / unit).square().mean().sqrt()
+
+
 @pytest.mark.parametrize("impl", ["small", "step"])
 @pytest.mark.parametrize(("steps", "batch", "hidden"), [(1, 1, 1), (2, 3, 16), (5, 2, 31)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

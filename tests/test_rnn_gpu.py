@@ -97,7 +97,7 @@ def test_in_a_cuda_graph(impl, hidden):
     assert torch.equal(output, expected)
 
 
-@pytest.mark.parametrize(("impl", "hidden"), [("persistent", 256), ("small", 64), ("step", 96)])
+@pytest.mark.parametrize(("impl", "hidden"), [("persistent", 256), ("small", 64), ("step", 96), ("torch", 64)])
 def test_a_length_out_of_range_raises_in_a_later_call(impl, hidden):
     layer = Layer("LSTM", torch.float16, 4, 3, 8, hidden, device="cuda")
     layer.run(engine(impl), lengths=torch.tensor([1, 5, 4], device="cuda"), gradients=False)

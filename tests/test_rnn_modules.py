@@ -290,6 +290,26 @@ def test_errors_are_torchs(ours, stock, options):
         ours(3, 5, impl="cudnn")
 
 
+@pytest.mark.parametrize("impl", ["auto", "step"])
+def test_states_that_are_no_pair_are_refused_as_torch_does(impl):
+    mine, theirs = fastops.nn.LSTM(3, 5, impl=impl), nn.LSTM(3, 5)
+    x, h = torch.randn(4, 2, 3), torch.zeros(1, 2, 5)
+    packed = pack_padded_sequence(x, [4, 2])
+    for state in ((h, h, h), [h, h, h], (h,), (), h, torch.stack([h, h]), (h, None), "ab", 3):
+        for input in (x, packed):
+            with pytest.raises(Exception) as expected:  # noqa: PT011
+                theirs(input, state)
+            with pytest.raises(expected.type) as found:
+                mine(input, state)
+            assert str(found.value) == str(expected.value)
+    # an unbatched call reads the first two, in torch as here
+    one = (h[:, 0],) * 3
+    assert mine(x[:, 0], one)[0].shape == theirs(x[:, 0], one)[0].shape == (4, 5)
+    for state in ((h, h, h), (h,), h):
+        with pytest.raises(RuntimeError, match="lstm expects two hidden states"):
+            fastops.nn.LayerNormLSTM(3, 5)(x, state)
+
+
 def by_layer(module, x, hx):
     layer = module._layer("torch")
     return module._packed(x, hx, layer) if isinstance(x, PackedSequence) else module._padded(x, hx, None, layer)

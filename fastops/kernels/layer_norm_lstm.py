@@ -45,8 +45,10 @@ def _step_warps(block_h: int) -> int:
     return min(16, max(1, block_h // 128))
 
 
-def _small_options(block_h: int, backward: bool) -> dict[str, int]:
+def _small_options(block_h: int, backward: bool, plain: bool = True) -> dict[str, int]:
     # one stage: loads kept in flight would need the shared memory that W_hh is in
+    if block_h > 64 and plain:  # masks and lengths would spill the half of the registers that 16 warps have each
+        return {"num_warps": 16, "num_stages": 1}
     return {"num_warps": 8 if block_h > (32 if backward else 64) else 4, "num_stages": 1}
 
 
@@ -66,7 +68,7 @@ def _sizes(gates: torch.Tensor, batch_first: bool) -> tuple[int, int, int]:
     return steps, batch, gates.shape[2] // 4
 
 
-def _clamped(lengths: torch.Tensor | None, steps: int) -> torch.Tensor | None:
+def clamped(lengths: torch.Tensor | None, steps: int) -> torch.Tensor | None:
     """Lengths within 0..T, int32; the kernel notes a row out of range, and a later call raises."""
     if lengths is None or lengths.numel() == 0:
         return lengths
@@ -98,7 +100,7 @@ def forward(
 ) -> tuple[torch.Tensor, ...]:
     """Output (as gates), h_n, c_n (B, H) and, with `save`, h (T+1, B, H), c (T+1, B, H) fp32 and product (T, B, 4H)."""
     steps, batch, hidden = _sizes(gates, batch_first)
-    lengths = _clamped(lengths, steps)
+    lengths = clamped(lengths, steps)
     gates, w_hh, h0, c0 = gates.contiguous(), w_hh.contiguous(), h0.contiguous(), c0.contiguous()
     output = gates.new_empty((*gates.shape[:2], hidden))
     saved = (steps, batch) if save else (0, 0)
@@ -122,7 +124,7 @@ def forward(
             gates, *gates_at, w_hh, gain, gain_c, bias_c, h0, c0, output, *output_at, h_n, c_n, h, c, product,
             mask_h, mask_c, lengths, keep_h, keep_c, eps, steps, batch, hidden,
             SAVE=save, PRECISION=_precision(gates.dtype), BLOCK_B=BLOCK_B, **options,
-            **_small_options(options["BLOCK_H"], False),
+            **_small_options(options["BLOCK_H"], False, mask_h is None and lengths is None),
         )  # fmt: skip
         return output, h_n, c_n, h, c, product
     # without a backward pass to come, two slabs of states take turns and one holds the product
@@ -178,7 +180,7 @@ def backward(
         grad_h.copy_(grad_h_n)
     if grad_c_n is not None:
         grad_c.copy_(grad_c_n)
-    # the larger weight and twice the tiles do not fit the registers: its backward goes step by step
+    # beyond it tiles and sums together spill, with 8 warps and with 16: the backward pass goes step by step
     small = engine == "small" and hidden <= MAX_HIDDEN_SMALL_BACKWARD
     programs = triton.cdiv(batch, BLOCK_B) if small else min(batch, MAX_STEP_PROGRAMS)
     sums = gates.new_zeros((programs, 6 * hidden), dtype=torch.float32)

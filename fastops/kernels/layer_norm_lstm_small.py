@@ -102,6 +102,8 @@ def small_forward_kernel(
     tl.store(c_n_ptr + state, c.to(c_n_ptr.dtype.element_ty), mask=inside)
     if RAGGED:
         nothing = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+        # read again: what a maximum is made of would be held in registers over the loop
+        last = _last_step(rows, batch, steps, lengths_ptr, RAGGED)
         for step in range(last, steps):
             at = tl.cast(step, tl.int64) * stride_ot + wide * stride_ob + columns
             tl.store(output_ptr + at, nothing.to(output_ptr.dtype.element_ty), mask=inside)

@@ -175,9 +175,7 @@ def forward_kernel(
 
 
 @triton.jit
-def _load_state(
-    row_ptrs, running, RAGGED: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr
-):
+def _load_state(row_ptrs, running, RAGGED: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr):
     """h^T from other programs, so past L1; all of it is requested before the first product."""
     chunks = ()
     for chunk in tl.static_range(CHUNKS):

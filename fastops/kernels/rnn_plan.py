@@ -83,7 +83,8 @@ def small(mode: str, hidden: int, itemsize: int, machine: Machine, backward: boo
         return f"the small engine takes a hidden size of at most {SMALL_HIDDEN}, got {hidden}"
     if machine.target in TENSOR_MEMORY and backward and mode == "LSTM" and hidden > 64:
         return (
-            f"with tensor memory (sm_{machine.target}) its backward pass takes a hidden size of at most 64, got {hidden}"
+            f"with tensor memory (sm_{machine.target}) the small engine's backward pass takes hidden sizes up to 64, "
+            f"got {hidden}"
         )
     side = power_of_two(hidden)
     held = (GATES if backward else SLOTS)[mode]
@@ -145,6 +146,14 @@ def _forward_plans(mode: str, hidden: int, directions: int, itemsize: int, machi
 
 
 def _backward_plans(mode: str, hidden: int, directions: int, itemsize: int, machine: Machine):
+    """Tiles of `dh[block_h, block_b] = W_slice^T[block_h, G H] @ d_sums^T[G H, block_b]`, G H over the warps.
+
+    These are products of 16 rows on all warps, not of 64 rows on warp groups, by choice. 64 units of
+    an LSTM with H = 512 need 262,144 bytes of W_hh in fp16, more than a block may use, and 32 units, padded to 64,
+    spilled 3,312 bytes. With the batch as the long side each program would read the gradients of 64 rows a step, 256
+    KiB from L2 in place of 64, and that is what a step waits for. 16 units hold 65,536 bytes of W_hh, each read once a
+    step; the step is 496 instructions, 32 of them products of a warp (compiled by Triton 3.7.1 for sm_90, not timed).
+    """
     gates = GATES[mode]
     warps = 8
     block_h = 16 if gates > 1 else 32

@@ -50,6 +50,8 @@ class _Recurrent(torch.nn.RNNBase):
         With lengths, row b is read up to step lengths[b]: outputs after it are 0, the final states are those of its
         last step, and the reverse direction starts there, as with a PackedSequence. Nothing waits for the GPU.
         """
+        if lengths is None and _env.nothing_to_choose(self.impl, input) and not torch.compiler.is_compiling():
+            return super().forward(input, hx)
         packed = isinstance(input, PackedSequence)
         if lengths is not None:
             lengths = self._check_lengths(input, lengths)
@@ -115,11 +117,22 @@ class _Recurrent(torch.nn.RNNBase):
 
         return layer
 
+    def _states(self, hx: Any) -> tuple[Tensor, ...] | None:
+        """The initial states as a tuple, empty without any; None where they are not what a call takes."""
+        if hx is None:
+            return ()
+        if self.mode != "LSTM":
+            return (hx,)
+        pair = isinstance(hx, (tuple, list)) and len(hx) == 2 and all(isinstance(s, Tensor) for s in hx)
+        return tuple(hx) if pair else None
+
     def _padded(self, input: Tensor, hx: Any, lengths: Tensor | None, layer: Layer) -> Any:
         """All layers over a padded (or one unbatched) sequence."""
         lstm = self.mode == "LSTM"
-        states = () if hx is None else tuple(hx) if lstm else (hx,)
-        if input.dim() not in (2, 3) or any(s.dim() != input.dim() for s in states) or (lstm and len(states) == 1):
+        states = self._states(hx)
+        if input.dim() == 2 and states is None and isinstance(hx, (tuple, list)):
+            states = self._states(hx[:2])  # torch reads no more of an unbatched call
+        if states is None or input.dim() not in (2, 3) or any(s.dim() != input.dim() for s in states):
             return super().forward(input, hx)  # torch says what is wrong
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
@@ -140,7 +153,9 @@ class _Recurrent(torch.nn.RNNBase):
     def _packed(self, packed: PackedSequence, hx: Any, layer: Layer) -> Any:
         """All layers over a PackedSequence, padded on its device and packed again."""
         lstm = self.mode == "LSTM"
-        states = () if hx is None else tuple(hx) if lstm else (hx,)
+        states = self._states(hx)
+        if states is None:
+            return super().forward(packed, hx)  # torch says what is wrong
         self.check_input(packed.data, packed.batch_sizes)
         if states:
             self.check_forward_args(packed.data, states if lstm else states[0], packed.batch_sizes)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         return super().extra_repr() + (f", impl={self.impl!r}" if self.impl != "auto" else "")
 
     def _stock(self, input: Tensor) -> bool:
-        return ops.choose(self.impl, input) == "torch"
+        return _env.nothing_to_choose(self.impl, input) or ops.choose(self.impl, input) == "torch"
 
     def _check_dims(self, input: Tensor, *states: Tensor) -> None:
         lstm = isinstance(self, torch.nn.LSTMCell)

@@ -122,13 +122,15 @@ class LayerNormLSTM(_Recurrent):
 
     def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> Any:
         """(output, (h_n, c_n)), as `fastops.nn.LSTM`."""
+        if hx is not None and self._states(hx) is None:
+            raise RuntimeError("lstm expects two hidden states")
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 lengths = self._check_lengths(input, lengths)
             return self._packed(input, hx, self._run)
         if input.dim() not in (2, 3):
             raise ValueError(f"LayerNormLSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        if hx is not None and (len(hx) != 2 or any(state.dim() != input.dim() for state in hx)):
+        if hx is not None and any(state.dim() != input.dim() for state in hx):
             got = ", ".join(f"{state.dim()}-D" for state in hx)
             raise RuntimeError(f"For {input.dim()}-D input, hx and cx should also be {input.dim()}-D but got ({got})")
         if lengths is not None:

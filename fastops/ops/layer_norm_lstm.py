@@ -11,7 +11,14 @@ z_h are masks, 1 with the zoneout rate, drawn for each step, row and unit; in ev
 The input half, with its normalisation and both biases, is computed by PyTorch for all steps at once and arrives here as
 `gates`. Shapes: gates (T, B, 4H) or (B, T, 4H), w_hh (4H, H), gain_hh (4H), gain_c and bias_c (H), h0 and c0 (B, H),
 masks of what is replaced (T, B, H) by steps, lengths (B). dtypes: fp16, bf16, fp32, one for all; arithmetic in fp32, h
-rounded to the dtype at every step, c not. Error bound: at most twice that of the same formula in PyTorch.
+rounded to the dtype at every step, c not. Error bound: over many rows at most twice PyTorch's with the same formula,
+as a root mean square in units of what a rounding of the inputs does to each row. Not in every single row: where a
+candidate is nearly constant, LN multiplies its rounding by up to 1 / sqrt(eps) a step, so that the largest error of a
+few rows is a matter of chance, in PyTorch as here.
+
+All steps run in one launch where W_hh fits one program, which normalises whole rows: 8 H^2 bytes in half precision are
+128 KiB at H = 128 and 512 KiB, more than any GPU has on chip, at 256. Backward, W_hh of 128 leaves too few registers
+for the sums of the gains: it takes two launches a step above H = 64.
 
 References: Ba, Kiros & Hinton 2016 (arXiv 1607.06450), equations 20 to 22; Krueger et al. 2016 (arXiv 1606.01305).
 """
@@ -26,6 +33,7 @@ from torch import Tensor
 
 from fastops import _env, _library, tuning
 from fastops.ops.rnn_check import check_lengths
+from fastops.ops.rnn_reference import note_lengths
 
 __all__ = ["layer_norm_lstm"]
 
@@ -339,6 +347,8 @@ def layer_norm_lstm(
     rest: Any = (mask_h, mask_c, lengths, keep_h, keep_c, eps, reverse, batch_first)
     engine = choose(gates, hidden, impl)
     if engine == "torch":
+        if lengths is not None:
+            note_lengths(lengths, steps)
         return reference(*tensors, *rest)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     auto = _env.choose_impl(impl, ENGINES) == "auto"

@@ -6,11 +6,14 @@ itself uses (cuDNN on a GPU), and adds per-row lengths to them without packing a
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastops import _env
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -129,6 +132,7 @@ def _stock_ragged(
     x = input.transpose(0, 1) if batch_first else input
     steps, batch, _ = x.shape
     seen, hidden = weights[0][1].shape[1], weights[0][0].shape[0] // GATES[mode]
+    note_lengths(lengths, steps)
     lengths = lengths.to(torch.int64).clamp(0, steps)  # read as indices; on a GPU nobody has looked at them
     padding = _padding(lengths, steps).unsqueeze(-1)
     x = x.masked_fill(padding, 0)
@@ -155,6 +159,18 @@ def _stock_ragged(
     output = torch.cat(outputs, -1)
     c_n = torch.cat([c for c in last_c if c is not None]) if mode == "LSTM" else None
     return output.transpose(0, 1) if batch_first else output, torch.cat(last_h), c_n
+
+
+def note_lengths(lengths: Tensor, steps: int) -> None:
+    """Have a GPU look at the lengths of a call that stock PyTorch runs; one out of range raises in a later call.
+
+    As the kernels do for theirs. Not where Triton is missing, nor in a graph that torch.compile traces: there such
+    lengths are only clamped.
+    """
+    if lengths.device.type != "cuda" or torch.compiler.is_compiling() or _env.why_no_triton(lengths.device) is not None:
+        return
+    with torch.cuda.device(lengths.device):
+        importlib.import_module("fastops.kernels.layer_norm_lstm").clamped(lengths, steps)
 
 
 def _padding(lengths: Tensor, steps: int) -> Tensor:
