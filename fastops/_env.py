@@ -87,11 +87,13 @@ _ENCODED_IMPL: Any = "FASTOPS_IMPL" if _ENVIRONMENT is os.environ else os.fsenco
 
 
 def nothing_to_choose(impl: str, input: Any) -> bool:
-    """Whether "auto" is stock PyTorch without further questions: a plain CPU tensor, and no FASTOPS_IMPL.
+    """Whether "auto" is stock PyTorch without further questions: a plain CPU tensor, eager, and no FASTOPS_IMPL.
 
     For calls so small that the questions themselves would be felt.
     """
-    return impl == "auto" and type(input) is torch.Tensor and input.is_cpu and _ENCODED_IMPL not in _ENVIRONMENT
+    if impl != "auto" or torch.compiler.is_compiling():
+        return False
+    return type(input) is torch.Tensor and input.is_cpu and _ENCODED_IMPL not in _ENVIRONMENT
 
 
 KNOWN_IMPLS = ("auto", "triton", "hybrid", "persistent", "small", "step", "torch")

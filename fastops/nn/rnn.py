@@ -50,7 +50,7 @@ class _Recurrent(torch.nn.RNNBase):
         With lengths, row b is read up to step lengths[b]: outputs after it are 0, the final states are those of its
         last step, and the reverse direction starts there, as with a PackedSequence. Nothing waits for the GPU.
         """
-        if lengths is None and _env.nothing_to_choose(self.impl, input) and not torch.compiler.is_compiling():
+        if lengths is None and _env.nothing_to_choose(self.impl, input):
             return super().forward(input, hx)
         packed = isinstance(input, PackedSequence)
         if lengths is not None:
