@@ -30,10 +30,7 @@ def test_ops_run_in_scopes_that_carry_their_flops(monkeypatch, device):
     assert seen == [("fastops::conv2d_relu_forward", {"flops32": 2 * y.numel() * 4 * 9})]
 
 
-def options(**given):
-    return argparse.Namespace(
-        script=None, arguments=[], model="torch.nn:Flatten", input=["2x3x4"], train=False, steps=2, **given
-    )
+OPTIONS = argparse.Namespace(script=None, arguments=[], model="torch.nn:Flatten", input=["2x3x4"], train=False, steps=2)
 
 
 def test_a_run_opens_and_closes_a_session(monkeypatch, capsys):
