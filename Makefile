@@ -10,7 +10,7 @@ JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help install test test-slow test-all coverage matrix mutation bench gpu inspect-matrix lint format clean
+.PHONY: help install test test-slow test-all coverage matrix mutation fuzz sanitize bench gpu inspect-matrix lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -45,6 +45,12 @@ matrix: $(READY)  ## the tests under other versions of Python, torch, Triton, an
 
 mutation: $(READY)  ## do the tests notice small faults in dispatch, limits and lengths? FILES= names some
 	@JOBS="$(JOBS)" $(PY) .ci/mutation.py $(FILES)
+
+fuzz: $(READY)  ## random calls of every op against stock, $$FUZZ_EXAMPLES of each (10000); goes on where it stopped
+	$(PY) -m tests.fuzz --examples $(or $(FUZZ_EXAMPLES),10000) --jobs $(JOBS) $(FUZZ)
+
+sanitize: $(READY)  ## compute-sanitizer over a small suite of every kernel; needs a GPU and the CUDA toolkit
+	$(PY) .ci/sanitize
 
 bench: $(READY)  ## the benchmark: GPU timings where there is a GPU, CPU timings and static figures elsewhere
 	$(PY) -m bench

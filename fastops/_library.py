@@ -11,13 +11,14 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fastops._env import KernelUnavailable
+from fastops._env import KernelUnavailable, interpreting
 
 LIBRARY = torch.library.Library("fastops", "DEF")
 FLOP_COUNTER = "torch.utils.flop_counter"
@@ -27,6 +28,8 @@ FAKES: dict[str, Callable[..., Any]] = {}  # what allocates an op's results, by 
 LAUNCHERS: dict[str, Callable[[], Callable[..., Any]]] = {}
 # op -> why its kernels could not be compiled or launched; "auto" takes stock PyTorch for it from then on
 BROKEN: dict[str, str] = {}
+# Triton's interpreter replaces parts of triton.language while it runs a kernel, for all threads
+_ONE_INTERPRETER = threading.RLock()
 
 
 class LaunchFailed(KernelUnavailable):
@@ -56,8 +59,11 @@ def define(
             loaded.append(getattr(importlib.import_module(module), function))
         return loaded[0]
 
-    def on_cpu(*args: Any) -> Any:
+    def launch_here(*args: Any) -> Any:
         try:
+            if interpreting():
+                with _ONE_INTERPRETER:
+                    return LAUNCHERS[name]()(*args)
             return LAUNCHERS[name]()(*args)
         except Exception as error:
             if _is_launch_failure(error):
@@ -68,12 +74,12 @@ def define(
     def on_cuda(*args: Any) -> Any:
         device = next(argument.device for argument in args if isinstance(argument, torch.Tensor))
         if device.index == torch.cuda.current_device():
-            return on_cpu(*args)
+            return launch_here(*args)
         with torch.cuda.device(device):
-            return on_cpu(*args)
+            return launch_here(*args)
 
     LAUNCHERS[name], FAKES[name] = launcher, fake
-    LIBRARY.impl(name, on_cpu, "CPU")
+    LIBRARY.impl(name, launch_here, "CPU")
     LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"fastops::{name}", fake, lib=LIBRARY)
     if flops is not None:

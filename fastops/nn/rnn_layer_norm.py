@@ -151,7 +151,7 @@ class LayerNormLSTM(_Recurrent):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One layer over a time-major input."""
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):  # of others (meta) one may not ask
             dtype = torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
                 h0, c0 = (None if s is None else s.to(dtype) for s in (h0, c0))
