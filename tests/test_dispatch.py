@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastops
 from fastops import KernelUnavailable, _env, _env_cli, scaled_dot_product_attention, tuning, varlen_attention
+from fastops.__main__ import main
 from fastops.nn import rnn as rnn_modules
 from fastops.nn.rnn_sequences import Packing, check_lengths
 from fastops.ops import attention, attention_checks, conv2d_relu, layer_norm_lstm, rnn, rnn_check
@@ -701,3 +702,16 @@ def test_every_op_explains_what_auto_takes():
     shown = {choice["op"] for choice in choices}
     assert len(shown) >= len(tables)
     assert {"attention", "conv2d_relu", "conv2d_relu_max_pool2d", "layer_norm_lstm"} <= shown
+
+
+def test_env_shows_every_gpu(monkeypatch, capsys):
+    gpu = {"name": "NVIDIA H100 80GB HBM3", "capability": "sm_90", "multiprocessors": 132, "memory_bytes": 80 * 2**30}
+    monkeypatch.setattr(_env, "gpus", lambda: [gpu])
+    monkeypatch.setattr(_env_cli, "import_milliseconds", lambda: 12.5)
+    monkeypatch.setenv("COLUMNS", "200")
+    for flags in ([], ["--json"]):
+        assert main(["env", *flags]) == 0
+        shown = capsys.readouterr().out
+        assert "12.5" in shown
+        assert "NVIDIA H100 80GB HBM3" in shown
+        assert ("132 SMs, 80 GiB" in shown) != bool(flags)

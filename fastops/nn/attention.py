@@ -85,6 +85,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return (out if batched else out.squeeze(0)), weights
 
     def extra_repr(self) -> str:
+        """What torch shows of the module, and the engine where one is named."""
         return impl_repr(self)
 
     def _why_torch(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:

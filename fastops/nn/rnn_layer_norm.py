@@ -117,6 +117,7 @@ class LayerNormLSTM(_Recurrent):
         """Nothing to do: no kernel here wants the weights in one piece."""
 
     def extra_repr(self) -> str:
+        """What torch shows of the module, and the engine where one is named."""
         shown = super().extra_repr()
         return shown + (f", zoneout={self.zoneout}" if any(self.zoneout) else "")
 

@@ -47,6 +47,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
     def extra_repr(self) -> str:
+        """What torch shows of the module, and the engine where one is named."""
         return impl_repr(self)
 
 
@@ -69,6 +70,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         take_over(self.multihead_attn, impl)
 
     def extra_repr(self) -> str:
+        """What torch shows of the module, and the engine where one is named."""
         return impl_repr(self)
 
 

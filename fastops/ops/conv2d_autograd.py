@@ -38,6 +38,7 @@ def _convolution(
 
 
 def relu_maps(engine: str, input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
+    """relu(conv2d + bias) by an engine of fastops, without autograd."""
     maps, bias = _convolution(engine, input, weight, bias, window, groups)
     return maps if engine == "triton" else ops.bias_relu_forward(maps, bias)
 
@@ -52,6 +53,7 @@ def pooled_maps(
     pool: Pool,
     want_codes: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Pooled maps and, for backward, the position of each maximum, one byte each; without autograd."""
     maps, bias = _convolution(engine, input, weight, bias, window, groups)
     return ops.bias_relu_pool_forward(maps, bias, *pool, want_codes)
 

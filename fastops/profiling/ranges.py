@@ -22,8 +22,11 @@ DYNAMO_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks 
 class Clock(Protocol):
     """Told when the work of a module begins and when it is its parent's turn again."""
 
-    def enter(self, path: str) -> None: ...
-    def leave(self, path: str, output: Any, parent: str | None) -> None: ...
+    def enter(self, path: str) -> None:
+        """The module at this path begins."""
+
+    def leave(self, path: str, output: Any, parent: str | None) -> None:
+        """It has ended with this output; time is its parent's again."""
 
 
 class ModuleRanges:
