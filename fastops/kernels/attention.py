@@ -1,4 +1,4 @@
-"""Launchers of the attention kernels, and their fixed configurations.
+"""Launchers of the attention kernels.
 
 Dense tensors are (B, H, S, D) views of any strides whose last is 1, packed ones (total, H, D). Outputs lie in memory as
 (B, S, H, D), so that merging the heads afterwards copies nothing.
@@ -6,182 +6,20 @@ Dense tensors are (B, H, S, D) views of any strides whose last is 1, packed ones
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastops import _env
-from fastops.kernels._common import dot_precision, interpreted
 from fastops.kernels._static import StaticCase
-from fastops.kernels.attention_backward import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
+from fastops.kernels.attention_backward import attention_delta_kernel, attention_dkdv_kernel
 from fastops.kernels.attention_bias import attention_bias_kernel
-from fastops.kernels.attention_configs import Config, configuration
+from fastops.kernels.attention_configs import Config
+from fastops.kernels.attention_dq import attention_dq_kernel
 from fastops.kernels.attention_forward import attention_forward_kernel
+from fastops.kernels.attention_problem import PAD, Problem, block_d, source, strides_of, unit_stride
 from fastops.kernels.attention_rate import keep_probability, threshold_bits
-
-LOG2E = 1.4426950408889634
-PAD = 128  # rows of lse2 and delta are padded to a multiple of it, which every BLOCK_M divides
-
-
-@dataclass
-class Problem:
-    """The arguments all kernels share, as the registered ops get them."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None
-    key_lengths: Tensor | None
-    query_lengths: Tensor | None
-    alibi_slopes: Tensor | None
-    cu_q: Tensor | None
-    cu_k: Tensor | None
-    seed: Tensor | None
-    max_q: int
-    max_k: int
-    scale: float
-    left: int
-    right: int
-    softcap: float
-    dropout_p: float
-
-    def __post_init__(self) -> None:
-        self.query, self.key, self.value = (unit_stride(x) for x in (self.query, self.key, self.value))
-        self.heads = self.query.shape[1]
-        self.kv_heads = self.key.shape[1]
-        self.head_dim = self.query.shape[-1]
-        if self.cu_q is not None:
-            self.batch, self.q_len, self.k_len = self.cu_q.shape[0] - 1, self.max_q, self.max_k
-        else:
-            self.batch, self.q_len, self.k_len = self.query.shape[0], self.query.shape[2], self.key.shape[2]
-        self.mask, self.mask_kind = None, 0
-        if self.attn_mask is not None and not self.empty:
-            self.mask, self.mask_kind = self.prepared(self.attn_mask)
-        if self.alibi_slopes is not None:
-            self.alibi_slopes = self.alibi_slopes.float().expand(self.batch, self.heads)
-            if self.alibi_slopes.stride(1) != 1:
-                self.alibi_slopes = self.alibi_slopes.contiguous()
-        self.precision = dot_precision(self.query.dtype, torch.backends.cuda.matmul.allow_tf32)
-
-    @property
-    def empty(self) -> bool:
-        """No scores to compute: nothing is launched."""
-        return self.batch == 0 or self.query.numel() == 0 or self.key.numel() == 0 or not self.q_len or not self.k_len
-
-    def prepared(self, attn_mask: Tensor) -> tuple[Tensor, int]:
-        """The mask as (B, H, Sq, Sk) and its MASK; one row for all becomes a bias of the keys, which costs no loads."""
-        is_bool = attn_mask.dtype == torch.bool
-        if attn_mask.shape[2] == 1:
-            bias = attn_mask.new_zeros((), dtype=torch.float32)
-            bias = torch.where(attn_mask, bias, float("-inf")) if is_bool else attn_mask.float() * LOG2E
-            bias = bias.expand(-1, -1, -1, self.k_len)
-            bias = torch.nn.functional.pad(bias, (0, -self.k_len % PAD), value=float("-inf"))
-            return bias.expand(self.batch, self.heads, -1, -1), 3
-        mask = attn_mask.view(torch.uint8) if is_bool else attn_mask
-        return mask.expand(self.batch, self.heads, self.q_len, self.k_len), 1 if is_bool else 2
-
-    def flags(self) -> dict[str, Any]:
-        """The constexpr switches common to all kernels."""
-        return {
-            "GROUP": self.heads // self.kv_heads,
-            "HEAD_DIM": self.head_dim,
-            "BLOCK_D": block_d(self.head_dim),
-            "CAUSAL": self.right >= 0,
-            "WINDOW": self.left >= 0,
-            "HAS_LENGTHS": self.key_lengths is not None,
-            "HAS_QUERY_LENGTHS": self.query_lengths is not None,
-            "VARLEN": self.cu_q is not None,
-            "DROPOUT": self.dropout_p > 0,
-            "SOFTCAP": 0 if not self.softcap else 1 if self.query.element_size() == 2 else 2,
-            "ALIBI": self.alibi_slopes is not None,
-            "MASK": self.mask_kind,
-            "MASK_ROWS": self.mask_kind in (1, 2),
-            "PRECISION": self.precision,
-        }
-
-    def configuration(self, kernel: str, tma: bool) -> Config:
-        """The tile sizes for one of the kernels."""
-        plain = self.attn_mask is None and self.alibi_slopes is None and not self.softcap and self.left < 0
-        return configuration(
-            kernel,
-            block_d(self.head_dim),
-            self.query.element_size(),
-            sm=sm_of(self.query),
-            plain=plain and self.query_lengths is None and self.cu_q is None,
-            dropout=self.dropout_p > 0,
-            causal=self.right >= 0,
-            tma=tma,
-        )
-
-    def is_wide(self, *tensors: Tensor) -> bool:
-        """Whether offsets inside one tile leave 32 bits."""
-        mask = 0 if self.mask is None else max(self.mask.stride()[2:])
-        return max(mask, *(strides_of(x)[2] for x in (self.query, self.key, self.value, *tensors))) * 256 >= 2**31
-
-    def may_use_tma(self, *tensors: Tensor) -> bool:
-        """Whether host descriptors can describe these tensors, and nothing needs rows cut off inside a tensor."""
-        if self.cu_q is not None or self.query_lengths is not None or self.query.element_size() != 2:
-            return False
-        return sm_of(self.query) >= 90 and all(describable(x) for x in tensors)
-
-    def mask_arguments(self) -> list[Any]:
-        """The mask and its strides."""
-        return [None, 0, 0, 0, 0] if self.mask is None else [self.mask, *self.mask.stride()]
-
-    def side_arguments(self) -> list[Any]:
-        """Lengths, offsets, slopes and seed."""
-        slopes = self.alibi_slopes
-        stride = 0 if slopes is None else slopes.stride(0)
-        return [self.key_lengths, self.query_lengths, self.cu_q, self.cu_k, slopes, stride, self.seed]
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """X itself, or a copy where its last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def block_d(head_dim: int) -> int:
-    """The power of two that holds a head, at least what an MMA takes."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def sm_of(x: Tensor) -> int:
-    """Compute capability as two digits; the interpreter stands for Hopper."""
-    if interpreted():
-        return 90
-    major, minor = _env.capability(_env.index_of(x.device))
-    return 10 * major + minor
-
-
-def describable(x: Tensor) -> bool:
-    """Whether a host TMA descriptor can describe a (B, H, S, D) view: 16-byte aligned, no stride of 0."""
-    unit = 16 // x.element_size()
-    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride % unit == 0 for stride in strides)
-
-
-def strides_of(x: Tensor) -> tuple[int, int, int]:
-    """Strides along batch, heads, sequence; a packed tensor has no batch."""
-    if x.dim() == 3:
-        return 0, x.stride(1), x.stride(0)
-    return x.stride(0), x.stride(1), x.stride(2)
-
-
-def source(x: Tensor, rows: int, tma: bool) -> list[Any]:
-    """A tensor as a kernel takes it: descriptor or pointer, and its strides."""
-    if not tma:
-        return [x, *strides_of(x)]
-    unit = 16 // x.element_size()
-    strides = [
-        stride if size > 1 else unit * x.shape[-1] for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)
-    ]
-    block = [1, 1, rows, block_d(x.shape[-1])]
-    # the strides beside a descriptor are not read
-    return [TensorDescriptor(x, list(x.shape), [*strides, 1], block), 0, 0, 0]
 
 
 def like_rows(x: Tensor, sequence_first: bool) -> Tensor:
@@ -212,7 +50,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         *source(p.query, config.block_m, tma),
         *source(p.key, config.block_n, tma),
         *source(p.value, config.block_n, tma),
-        *source(out, config.block_m, tma),
+        *source(out, config.block_m, tma and not packed),
         lse,
         *lse_strides,
         *p.mask_arguments(),
@@ -233,6 +71,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         TMA=tma,
         WIDE=p.is_wide(),
         LAG=config.lag,
+        LEAN=config.lean,
         ALIGNED_DIAGONAL=not packed and config.block_n % config.block_m == 0 and p.right % config.block_n == 0,
         **config.options(),
     )
@@ -262,31 +101,35 @@ def backward(
 
     config = p.configuration("dkdv", tma)
     tiles_n = triton.cdiv(p.k_len, config.block_n)
-    attention_dkdv_kernel[(tiles_n * p.batch * p.kv_heads,)](
-        *sources(inputs, config, tma),
-        dk,
-        *strides_of(dk),
-        dv,
-        *strides_of(dv),
-        lse2,
-        delta,
-        *p.mask_arguments(),
-        *p.side_arguments(),
-        tiles_n,
-        p.heads,
-        p.q_len,
-        row_pad,
-        p.k_len,
-        p.scale,
-        p.scale * value_scale,
-        value_scale,
-        *tail,
-        **shared,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        TMA=tma,
-        **config.options(),
-    )
+    for want_dk, want_dv in ((True, False), (False, True)) if config.split else ((True, True),):
+        attention_dkdv_kernel[(tiles_n * p.batch * p.kv_heads,)](
+            *sources(inputs, config, tma),
+            dk,
+            *strides_of(dk),
+            dv,
+            *strides_of(dv),
+            lse2,
+            delta,
+            *p.mask_arguments(),
+            *p.side_arguments(),
+            tiles_n,
+            p.heads,
+            p.q_len,
+            row_pad,
+            p.k_len,
+            p.scale,
+            p.scale * value_scale,
+            value_scale,
+            *tail,
+            **shared,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            TMA=tma,
+            LEAN=config.lean,
+            WANT_DK=want_dk,
+            WANT_DV=want_dv,
+            **config.options(),
+        )
     config = p.configuration("dq", tma)
     tiles_m = triton.cdiv(p.q_len, config.block_m)
     attention_dq_kernel[(tiles_m * p.batch * p.heads,)](
@@ -309,6 +152,7 @@ def backward(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         TMA=tma,
+        LEAN=config.lean,
         **config.options(),
     )
     if mask_grad:
@@ -393,7 +237,7 @@ def mask_gradient(
         split *= 2
     partial = p.query.new_empty((split, *p.attn_mask.shape), dtype=torch.float32)
     flags = {name: value for name, value in shared.items() if name not in ("VARLEN", "MASK")}
-    flags["MASK_ROWS"] = True
+    flags["RAGGED"] = p.k_len % PAD != 0
     mask = p.attn_mask.expand(p.batch, p.heads, p.q_len, p.k_len)
     lengths, query_lengths, _, _, slopes, stride_slope, seed = p.side_arguments()
     attention_bias_kernel[(own * split,)](

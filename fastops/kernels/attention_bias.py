@@ -7,7 +7,7 @@ it, recomputing P and dS. Where that leaves too few programs, the walk is cut in
 import triton
 import triton.language as tl
 
-from fastops.kernels.attention_backward import score_gradient
+from fastops.kernels.attention_dq import score_gradient
 from fastops.kernels.attention_dropout import dropout_keys
 from fastops.kernels.attention_tiles import load_rows, padded_row, sequence
 
@@ -26,7 +26,7 @@ def attention_bias_kernel(
     SPLIT: tl.constexpr, OVER_M: tl.constexpr, OVER_N: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_QUERY_LENGTHS: tl.constexpr,
-    DROPOUT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, RAGGED: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # OVER_M, OVER_N: the mask has one row, one column for all
@@ -80,7 +80,7 @@ def attention_bias_kernel(
         ds = score_gradient(
             q, g, k, v, tl.load(lse2_ptr + padded), tl.load(delta_ptr + padded), mask_base, stride_mm, stride_mn,
             slope, keys, start_m, start_n, q_len, k_len, shift, scale, softcap, left, right, threshold,
-            BLOCK_M, BLOCK_N, CAUSAL, WINDOW, True, DROPOUT, SOFTCAP, ALIBI, 2, MASK_ROWS, WIDE, PRECISION, False,
+            BLOCK_M, BLOCK_N, CAUSAL, WINDOW, True, DROPOUT, SOFTCAP, ALIBI, 2, RAGGED, WIDE, PRECISION, False,
         )  # fmt: skip
         total += ds
     total = total * value_scale

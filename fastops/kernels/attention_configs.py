@@ -1,6 +1,8 @@
 """The fixed tile sizes of the attention kernels, by head dim, dtype, GPU and what the call needs; never by length.
 
-Chosen from compiled kernels (registers, spills, instructions of the main loop), not from timings.
+Chosen from compiled kernels (registers, spills, instructions of the main loop), not from timings. Two families of GPU:
+with 227 KiB of shared memory for a block and warp-group MMAs or better (sm_90, sm_100), and all others, whose 99 KiB
+(sm_86, sm_89, sm_120; sm_80 has more) every configuration of theirs fits.
 """
 
 from __future__ import annotations
@@ -11,47 +13,134 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and compile options of one launch."""
+    """Tile sizes and compile options of one launch.
+
+    Attributes:
+        block_m: queries of a tile.
+        block_n: keys of a tile.
+        warps: of a program.
+        stages: depth of the software pipeline.
+        lag: P V one tile late (forward).
+        lean: nothing is hoisted out of the loops: more instructions, fewer registers.
+        split: dK and dV in a launch each, because their accumulators do not fit together.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     lag: bool = False
+    lean: bool = False
+    split: bool = False
 
     def options(self) -> dict[str, Any]:
         """What a launch passes to Triton."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-def configuration(
-    kernel: str, block_d: int, element_size: int, *, sm: int, plain: bool, dropout: bool, causal: bool, tma: bool
-) -> Config:
-    """The configuration of "forward", "dkdv", "dq" or "bias".
+@dataclass(frozen=True)
+class Form:
+    """What of a call the choice depends on.
 
-    `plain`: no mask, ALiBi, softcap, window, query lengths or packing: the loops the static gate watches.
+    Attributes:
+        tma: inputs are read through descriptors.
+        dropout: some is applied.
+        causal: there is a right bound.
+        grouped: query heads share key heads.
+        packed: sequences are packed.
+        cut: sequences of queries end inside a tile: packed, or given lengths.
+        keyed: a float mask of the keys alone.
+        banded: a left bound or ALiBi.
+        scored: a softcap, or a mask with a row for each query.
     """
+
+    tma: bool = False
+    dropout: bool = False
+    causal: bool = False
+    grouped: bool = False
+    packed: bool = False
+    cut: bool = False
+    keyed: bool = False
+    banded: bool = False
+    scored: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Neither bias nor bounds that all tiles must be looked at for."""
+        return not (self.banded or self.scored)
+
+
+def configuration(kernel: str, block_d: int, element_size: int, sm: int, form: Form) -> Config:
+    """The configuration of "forward", "dkdv", "dq" or "bias"."""
     if element_size != 2:
-        return Config(32, 32, 4, 1)
+        return _fp32(kernel, block_d)
     if kernel == "bias":
-        return Config(64, 64, 4, 1) if block_d <= 128 else Config(32, 32, 4, 1)
-    if kernel == "forward":
-        if block_d <= 64:
-            return Config(64, 128, 4, 2, lag=plain and tma) if sm >= 90 else Config(64, 64, 4, 2)
-        if block_d == 128:
-            return Config(128, 128, 8, 2, lag=plain and tma) if sm >= 90 and plain else Config(64, 64, 4, 2)
-        return Config(64, 64, 8, 1)
-    if kernel == "dkdv":
-        if block_d <= 64:
-            # two stages serialise the MMAs of the plain loop in Triton 3.7 and 3.9
-            return Config(64, 64, 4, 2 if dropout or causal else 1)
-        if block_d == 128:
-            if dropout:
-                return Config(32, 64, 4, 2)
-            return Config(64, 64, 4, 2 if causal else 1)
-        return Config(32, 64, 8, 1)
+        return Config(64, 64, 4, 1) if block_d <= 64 else Config(32, 32, 4, 1)
+    # at D=256 pointers, or rows cut off in registers, leave no room beside the accumulators of a warp-group MMA
+    large = 90 <= sm < 120 and (block_d <= 128 or (form.tma and not form.cut))
+    choose = {
+        "forward": _forward if large else _small_forward,
+        "dkdv": _dkdv if large else _small_dkdv,
+        "dq": _dq if large else _small_dq,
+    }
+    return choose[kernel](block_d, form)
+
+
+def _fp32(kernel: str, block_d: int) -> Config:
     if block_d <= 64:
-        return Config(64, 128, 4, 2) if sm >= 90 else Config(64, 64, 4, 2)
-    if block_d == 128:
-        return Config(64, 128, 4, 1) if sm >= 90 and plain and not dropout else Config(64, 64, 4, 2)
-    return Config(64, 32, 8, 1)
+        return Config(32, 32, 8, 1)
+    return Config(16, 16, 8 if kernel == "forward" or block_d > 128 else 4, 1)
+
+
+def _forward(block_d: int, form: Form) -> Config:
+    if block_d <= 64:
+        return Config(64, 128, 4, 2, lag=form.tma and form.plain)
+    if block_d > 128:
+        return Config(128, 64, 8, 1)
+    if not form.plain:
+        return Config(64, 64, 4, 2)
+    if form.tma:
+        return Config(128, 128, 8, 2, lag=True)
+    return Config(128, 64 if form.dropout or form.causal or form.packed else 128, 8, 2)
+
+
+def _dkdv(block_d: int, form: Form) -> Config:
+    if block_d > 128:
+        return Config(64, 64, 4, 1, lean=True, split=True)
+    if block_d <= 64:
+        # two stages serialise the MMAs of loops without a diagonal
+        return Config(64, 64, 4, 2 if form.causal and form.plain else 1)
+    busy = form.dropout or form.causal or form.packed or form.grouped or form.keyed
+    if form.tma:
+        return Config(64, 64, 4, 2 if busy and form.plain and not form.grouped else 1, lean=busy or not form.plain)
+    return Config(64, 64, 4, 1, lean=True, split=busy)
+
+
+def _dq(block_d: int, form: Form) -> Config:
+    if block_d <= 64:
+        if form.dropout and not form.tma:
+            return Config(64, 64, 4, 2)
+        return Config(64, 128, 4, 1 if form.scored else 2, lean=form.scored)
+    if block_d > 128:
+        return Config(64, 64, 4, 1, lean=True)
+    if form.tma and not form.dropout and not form.scored:
+        return Config(64, 128, 4, 1, lean=form.banded)
+    return Config(64, 64, 4, 2, lean=not form.tma or form.scored)
+
+
+def _small_forward(block_d: int, form: Form) -> Config:
+    return Config(64, 64, 4, 2) if block_d <= 128 else Config(32, 32, 4, 1, lean=True)
+
+
+def _small_dkdv(block_d: int, form: Form) -> Config:
+    if block_d > 128:
+        return Config(32, 32, 4, 1, lean=True)
+    if block_d > 64:
+        return Config(32, 64, 4, 1, lean=True)
+    return Config(64, 32, 4, 1, lean=True) if form.scored else Config(64, 64, 4, 2, lean=True)
+
+
+def _small_dq(block_d: int, form: Form) -> Config:
+    if block_d > 128:
+        return Config(32, 32, 4, 1, lean=True)
+    return Config(64, 32 if block_d > 64 and (form.dropout or form.scored) else 64, 4, 2, lean=True)

@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 
 from fastops.kernels.attention_dropout import dropout_keys, keep_mask, opaque
-from fastops.kernels.attention_tiles import LN2, LOG2E, biased_scores, load_rows, sequence, store_rows, visible_tile
+from fastops.kernels.attention_tiles import (
+    LN2,
+    LOG2E,
+    biased_scores,
+    key_range,
+    load_rows,
+    sequence,
+    store_rows,
+    visible_tile,
+)
 
 
 @triton.jit
@@ -45,6 +54,7 @@ def attention_forward_kernel(
     o_source, stride_ob, stride_oh, stride_os,  # (B, H, Sq, D)
     lse_ptr, stride_lb, stride_lh, stride_ls,  # (B, H, Sq) fp32, natural logarithm
     mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn,  # (B, H, Sq, Sk) bool or float
+    key_range_ptr, stride_range,  # (B,) int32, of a key mask
     key_lengths_ptr, query_lengths_ptr, cu_q_ptr, cu_k_ptr,  # (B,), (B,), (B + 1,), (B + 1,) integers
     slopes_ptr, stride_slope,  # (B, H) fp32
     seed_ptr,  # (1,) int64
@@ -52,8 +62,8 @@ def attention_forward_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_QUERY_LENGTHS: tl.constexpr,
     VARLEN: tl.constexpr, DROPOUT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, LAG: tl.constexpr,
-    ALIGNED_DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, LAG: tl.constexpr,
+    LEAN: tl.constexpr, ALIGNED_DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     batch_head = program // tiles_m
@@ -75,9 +85,14 @@ def attention_forward_kernel(
     if HAS_QUERY_LENGTHS:
         row_end = Sq
         k_len = tl.where(start_m < q_len, k_len, 0)
-    BIASED: tl.constexpr = SOFTCAP != 0 or ALIBI or MASK != 0
-    GUARD: tl.constexpr = MASK != 0
-    scale_log2 = scale * LOG2E
+    place = batch
+    if VARLEN:
+        place = 0
+    unmasked = False
+    if MASK >= 3:
+        k_len, unmasked = key_range(batch, k_len, key_range_ptr, stride_range)
+    # what a descriptor reads past the live keys may be anything
+    CUT: tl.constexpr = TMA and (HAS_LENGTHS or VARLEN or MASK >= 3)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes_ptr + batch * stride_slope + head)
@@ -107,7 +122,7 @@ def attention_forward_kernel(
     keys = (0, 0)
     if DROPOUT:
         keys = dropout_keys(seed_ptr, batch_head)
-    q = load_rows(q_source, batch, head, q_first, start_m, q_len, stride_qb, stride_qh, stride_qs,
+    q = load_rows(q_source, place, head, q_first, start_m, q_len, stride_qb, stride_qh, stride_qs,
                   BLOCK_M, HEAD_DIM, BLOCK_D, TMA, WIDE, True)  # fmt: skip
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M, 8], tl.float32)
@@ -116,77 +131,58 @@ def attention_forward_kernel(
     acc, row_max, row_sum = masked_tile(
         q, acc, row_max, row_sum, rows, q_local, k_local, keys, last,
         k_source, stride_kb, stride_kh, stride_ks, v_source, stride_vb, stride_vh, stride_vs,
-        mask_base, stride_mm, stride_mn, batch, kv_head, k_first, q_len, k_len, shift, start_m,
+        mask_base, stride_mm, stride_mn, place, kv_head, k_first, q_len, k_len, shift, start_m,
         scale, softcap, slope, left, right, threshold,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, HAS_LENGTHS, DROPOUT, SOFTCAP, ALIBI, MASK, MASK_ROWS,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, CUT, DROPOUT, SOFTCAP, ALIBI, MASK, RAGGED,
         TMA, WIDE, PRECISION, True,
     )  # fmt: skip
     if (CAUSAL and not ALIGNED_DIAGONAL) or WINDOW:
-        for step in range(0, last - masked_end, BLOCK_N):
+        for step in tl.range(0, last - masked_end, BLOCK_N, disable_licm=LEAN):
             acc, row_max, row_sum = masked_tile(
                 q, acc, row_max, row_sum, rows, q_local, k_local, keys, last - BLOCK_N - step,
                 k_source, stride_kb, stride_kh, stride_ks, v_source, stride_vb, stride_vh, stride_vs,
-                mask_base, stride_mm, stride_mn, batch, kv_head, k_first, q_len, k_len, shift, start_m,
+                mask_base, stride_mm, stride_mn, place, kv_head, k_first, q_len, k_len, shift, start_m,
                 scale, softcap, slope, left, right, threshold,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, HAS_LENGTHS, DROPOUT, SOFTCAP, ALIBI, MASK,
-                MASK_ROWS, TMA, WIDE, PRECISION, False,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, False, DROPOUT, SOFTCAP, ALIBI, MASK,
+                RAGGED, TMA, WIDE, PRECISION, False,
             )  # fmt: skip
 
-    if not LAG:
-        for step in range(0, masked_end - full_begin, BLOCK_N):
-            start_n = masked_end - BLOCK_N - step
-            k = load_rows(k_source, batch, kv_head, k_first, start_n, k_len, stride_kb, stride_kh, stride_ks,
-                          BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, False)  # fmt: skip
-            scores = tl.dot(q, k.T, input_precision=PRECISION)
-            if BIASED:
-                scores, _ = biased_scores(
-                    scores, start_m, q_local, start_n, k_local, scale, softcap, slope, mask_base, stride_mm, stride_mn,
-                    q_len, k_len, shift, SOFTCAP, ALIBI, MASK, MASK_ROWS, WIDE, False,
-                )  # fmt: skip
-            p, alpha, row_max, row_sum = softmax_tile(
-                scores, row_max, row_sum, scale_log2, BIASED, GUARD, BLOCK_M, BLOCK_N
-            )
-            if DROPOUT:
-                p = opaque(tl.where(keep_mask(keys, start_m, q_local, start_n, k_local, threshold), p, 0.0))
-            v = load_rows(v_source, batch, kv_head, k_first, start_n, k_len, stride_vb, stride_vh, stride_vs,
-                          BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, False)  # fmt: skip
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    elif masked_end > full_begin:
-        first_n = masked_end - BLOCK_N
-        k = load_rows(k_source, batch, kv_head, k_first, first_n, k_len, stride_kb, stride_kh, stride_ks,
-                      BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, False)  # fmt: skip
-        scores = tl.dot(q, k.T, input_precision=PRECISION)
-        p, alpha, row_max, row_sum = softmax_tile(scores, row_max, row_sum, scale_log2, False, False, BLOCK_M, BLOCK_N)
-        if DROPOUT:
-            p = opaque(tl.where(keep_mask(keys, start_m, q_local, first_n, k_local, threshold), p, 0.0))
-        for step in range(0, first_n - full_begin, BLOCK_N):
-            start_n = first_n - BLOCK_N - step
-            k = load_rows(k_source, batch, kv_head, k_first, start_n, k_len, stride_kb, stride_kh, stride_ks,
-                          BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, False)  # fmt: skip
-            scores = tl.dot(q, k.T, input_precision=PRECISION)
-            # independent of this tile's softmax: these MMAs run while the softmax below does
-            v = load_rows(v_source, batch, kv_head, k_first, start_n + BLOCK_N, k_len, stride_vb, stride_vh, stride_vs,
-                          BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, False)  # fmt: skip
-            acc = acc * alpha[:, None]
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-            p, alpha, row_max, row_sum = softmax_tile(
-                scores, row_max, row_sum, scale_log2, False, False, BLOCK_M, BLOCK_N
-            )
-            if DROPOUT:
-                p = opaque(tl.where(keep_mask(keys, start_m, q_local, start_n, k_local, threshold), p, 0.0))
-        v = load_rows(v_source, batch, kv_head, k_first, full_begin, k_len, stride_vb, stride_vh, stride_vs,
-                      BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, False)  # fmt: skip
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    if MASK < 3:
+        acc, row_max, row_sum = full_tiles(
+            q, acc, row_max, row_sum, q_local, k_local, keys, full_begin, masked_end,
+            k_source, stride_kb, stride_kh, stride_ks, v_source, stride_vb, stride_vh, stride_vs,
+            mask_base, stride_mm, stride_mn, place, kv_head, k_first, q_len, k_len, shift, start_m,
+            scale, softcap, slope, threshold,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, SOFTCAP, ALIBI, MASK, RAGGED, TMA, WIDE, LAG, LEAN, PRECISION,
+        )  # fmt: skip
+    else:
+        if unmasked:
+            acc, row_max, row_sum = full_tiles(
+                q, acc, row_max, row_sum, q_local, k_local, keys, full_begin, masked_end,
+                k_source, stride_kb, stride_kh, stride_ks, v_source, stride_vb, stride_vh, stride_vs,
+                mask_base, stride_mm, stride_mn, place, kv_head, k_first, q_len, k_len, shift, start_m,
+                scale, softcap, slope, threshold,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, SOFTCAP, ALIBI, 0, False, TMA, WIDE, LAG, LEAN, PRECISION,
+            )  # fmt: skip
+        else:
+            acc, row_max, row_sum = full_tiles(
+                q, acc, row_max, row_sum, q_local, k_local, keys, full_begin, masked_end,
+                k_source, stride_kb, stride_kh, stride_ks, v_source, stride_vb, stride_vh, stride_vs,
+                mask_base, stride_mm, stride_mn, place, kv_head, k_first, q_len, k_len, shift, start_m,
+                scale, softcap, slope, threshold,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, SOFTCAP, ALIBI, MASK, False, TMA, WIDE,
+                False, LEAN, PRECISION,
+            )  # fmt: skip
 
     if WINDOW:
-        for step in range(0, full_begin - begin, BLOCK_N):
+        for step in tl.range(0, full_begin - begin, BLOCK_N, disable_licm=LEAN):
             acc, row_max, row_sum = masked_tile(
                 q, acc, row_max, row_sum, rows, q_local, k_local, keys, full_begin - BLOCK_N - step,
                 k_source, stride_kb, stride_kh, stride_ks, v_source, stride_vb, stride_vh, stride_vs,
-                mask_base, stride_mm, stride_mn, batch, kv_head, k_first, q_len, k_len, shift, start_m,
+                mask_base, stride_mm, stride_mn, place, kv_head, k_first, q_len, k_len, shift, start_m,
                 scale, softcap, slope, left, right, threshold,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, HAS_LENGTHS, DROPOUT, SOFTCAP, ALIBI, MASK,
-                MASK_ROWS, TMA, WIDE, PRECISION, False,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, False, DROPOUT, SOFTCAP, ALIBI, MASK,
+                RAGGED, TMA, WIDE, PRECISION, False,
             )  # fmt: skip
 
     total = tl.sum(row_sum, 1)
@@ -201,44 +197,106 @@ def attention_forward_kernel(
     lse_base = lse_ptr + batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh
     tl.store(lse_base + (q_first + row).to(tl.int64) * stride_ls, lse, mask=row < row_end)
     out = tl.where(empty[:, None], 0.0, acc * inverse[:, None])
-    if TMA:
+    if TMA and not VARLEN:
         o_source.store([batch, head, start_m, 0], out.to(o_source.dtype).reshape(1, 1, BLOCK_M, BLOCK_D))
     else:
-        store_rows(o_source, out, batch, head, q_first, start_m, row_end, stride_ob, stride_oh, stride_os,
+        store_rows(o_source, out, place, head, q_first, start_m, row_end, stride_ob, stride_oh, stride_os,
                    BLOCK_M, HEAD_DIM, BLOCK_D)  # fmt: skip
+
+
+@triton.jit
+def full_tiles(
+    q, acc, row_max, row_sum, q_local, k_local, keys, full_begin, masked_end,
+    k_source, stride_kb, stride_kh, stride_ks, v_source, stride_vb, stride_vh, stride_vs,
+    mask_base, stride_mm, stride_mn, place, kv_head, k_first, q_len, k_len, shift, start_m,
+    scale, softcap, slope, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, RAGGED: tl.constexpr,
+    TMA: tl.constexpr, WIDE: tl.constexpr, LAG: tl.constexpr, LEAN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The key tiles of which every element exists and is in the band, from the last to the first."""
+    BIASED: tl.constexpr = SOFTCAP != 0 or ALIBI or MASK != 0
+    GUARD: tl.constexpr = MASK != 0
+    scale_log2 = scale * LOG2E
+    if not LAG:
+        for step in tl.range(0, masked_end - full_begin, BLOCK_N, disable_licm=LEAN):
+            start_n = masked_end - BLOCK_N - step
+            k = load_rows(k_source, place, kv_head, k_first, start_n, k_len, stride_kb, stride_kh, stride_ks,
+                          BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, False)  # fmt: skip
+            scores = tl.dot(q, k.T, input_precision=PRECISION)
+            if BIASED:
+                scores, _ = biased_scores(
+                    scores, start_m, q_local, start_n, k_local, scale, softcap, slope, mask_base, stride_mm, stride_mn,
+                    q_len, k_len, shift, SOFTCAP, ALIBI, MASK, RAGGED, WIDE, False,
+                )  # fmt: skip
+            p, alpha, row_max, row_sum = softmax_tile(
+                scores, row_max, row_sum, scale_log2, BIASED, GUARD, BLOCK_M, BLOCK_N
+            )
+            if DROPOUT:
+                p = opaque(tl.where(keep_mask(keys, start_m, q_local, start_n, k_local, threshold), p, 0.0))
+            v = load_rows(v_source, place, kv_head, k_first, start_n, k_len, stride_vb, stride_vh, stride_vs,
+                          BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, False)  # fmt: skip
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    elif masked_end > full_begin:
+        first_n = masked_end - BLOCK_N
+        k = load_rows(k_source, place, kv_head, k_first, first_n, k_len, stride_kb, stride_kh, stride_ks,
+                      BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, False)  # fmt: skip
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        p, alpha, row_max, row_sum = softmax_tile(scores, row_max, row_sum, scale_log2, False, False, BLOCK_M, BLOCK_N)
+        if DROPOUT:
+            p = opaque(tl.where(keep_mask(keys, start_m, q_local, first_n, k_local, threshold), p, 0.0))
+        for step in tl.range(0, first_n - full_begin, BLOCK_N, disable_licm=LEAN):
+            start_n = first_n - BLOCK_N - step
+            k = load_rows(k_source, place, kv_head, k_first, start_n, k_len, stride_kb, stride_kh, stride_ks,
+                          BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, False)  # fmt: skip
+            scores = tl.dot(q, k.T, input_precision=PRECISION)
+            # independent of this tile's softmax: these MMAs run while the softmax below does
+            v = load_rows(v_source, place, kv_head, k_first, start_n + BLOCK_N, k_len, stride_vb, stride_vh, stride_vs,
+                          BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, False)  # fmt: skip
+            acc = acc * alpha[:, None]
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            p, alpha, row_max, row_sum = softmax_tile(
+                scores, row_max, row_sum, scale_log2, False, False, BLOCK_M, BLOCK_N
+            )
+            if DROPOUT:
+                p = opaque(tl.where(keep_mask(keys, start_m, q_local, start_n, k_local, threshold), p, 0.0))
+        v = load_rows(v_source, place, kv_head, k_first, full_begin, k_len, stride_vb, stride_vh, stride_vs,
+                      BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, False)  # fmt: skip
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, row_max, row_sum
 
 
 @triton.jit
 def masked_tile(
     q, acc, row_max, row_sum, rows, q_local, k_local, keys, start_n,
     k_source, stride_kb, stride_kh, stride_ks, v_source, stride_vb, stride_vh, stride_vs,
-    mask_base, stride_mm, stride_mn, batch, kv_head, k_first, q_len, k_len, shift, start_m,
+    mask_base, stride_mm, stride_mn, place, kv_head, k_first, q_len, k_len, shift, start_m,
     scale, softcap, slope, left, right, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, RAGGED: tl.constexpr,
     TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """One key tile of which some elements may be hidden. FIRST: acc is still zero."""
     BIASED: tl.constexpr = SOFTCAP != 0 or ALIBI or MASK != 0
     columns = start_n + k_local
-    k = load_rows(k_source, batch, kv_head, k_first, start_n, k_len, stride_kb, stride_kh, stride_ks,
+    k = load_rows(k_source, place, kv_head, k_first, start_n, k_len, stride_kb, stride_kh, stride_ks,
                   BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, True)  # fmt: skip
     scores = tl.dot(q, k.T, input_precision=PRECISION)
     if BIASED:
         scores, _ = biased_scores(
             scores, start_m, q_local, start_n, k_local, scale, softcap, slope, mask_base, stride_mm, stride_mn,
-            q_len, k_len, shift, SOFTCAP, ALIBI, MASK, MASK_ROWS, WIDE, True,
+            q_len, k_len, shift, SOFTCAP, ALIBI, MASK, RAGGED, WIDE, True,
         )  # fmt: skip
     visible = visible_tile(rows, columns, k_len, shift, left, right, CAUSAL, WINDOW)
     scores = tl.where(visible, scores, float("-inf"))
     p, alpha, row_max, row_sum = softmax_tile(scores, row_max, row_sum, scale * LOG2E, BIASED, True, BLOCK_M, BLOCK_N)
     if DROPOUT:
         p = opaque(tl.where(keep_mask(keys, start_m, q_local, start_n, k_local, threshold), p, 0.0))
-    v = load_rows(v_source, batch, kv_head, k_first, start_n, k_len, stride_vb, stride_vh, stride_vs,
+    v = load_rows(v_source, place, kv_head, k_first, start_n, k_len, stride_vb, stride_vh, stride_vs,
                   BLOCK_N, HEAD_DIM, BLOCK_D, TMA, WIDE, True)  # fmt: skip
-    if TMA and HAS_LENGTHS:
-        # rows past the length hold anything, and 0 x NaN is NaN
+    if CUT:
+        # 0 x NaN is NaN
         v = tl.where(tl.arange(0, BLOCK_N)[:, None] < k_len - start_n, v, 0.0)
     if not FIRST:
         acc = acc * alpha[:, None]

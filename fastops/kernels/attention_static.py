@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import triton
 
 from fastops.kernels._static import StaticCase
-from fastops.kernels.attention_backward import attention_dkdv_kernel, attention_dq_kernel
+from fastops.kernels.attention_backward import attention_dkdv_kernel
 from fastops.kernels.attention_bias import attention_bias_kernel
-from fastops.kernels.attention_configs import configuration
+from fastops.kernels.attention_configs import Config, Form, configuration
+from fastops.kernels.attention_dq import attention_dq_kernel
 from fastops.kernels.attention_forward import attention_forward_kernel
 
 KERNELS = {
@@ -20,10 +22,10 @@ KERNELS = {
 }
 OFF = {
     "GROUP": 1, "CAUSAL": False, "WINDOW": False, "HAS_LENGTHS": False, "HAS_QUERY_LENGTHS": False, "VARLEN": False,
-    "DROPOUT": False, "SOFTCAP": 0, "ALIBI": False, "MASK": 0, "MASK_ROWS": False, "WIDE": False,
-    "PRECISION": "ieee", "SPLIT": 1, "OVER_M": False, "OVER_N": False,
+    "DROPOUT": False, "SOFTCAP": 0, "ALIBI": False, "MASK": 0, "RAGGED": False, "WIDE": False,
+    "PRECISION": "ieee", "SPLIT": 1, "WANT_DK": True, "WANT_DV": True, "OVER_M": False, "OVER_N": False,
 }  # fmt: skip
-# the forms of a call: its switches, and whether its loops are the plain ones
+# the forms of a call: its switches
 FORMS: dict[str, dict[str, Any]] = {
     "": {},
     "lengths": {"HAS_LENGTHS": True},
@@ -31,50 +33,85 @@ FORMS: dict[str, dict[str, Any]] = {
     "lengths,dropout": {"HAS_LENGTHS": True, "DROPOUT": True},
     "causal,dropout": {"CAUSAL": True, "DROPOUT": True},
     "gqa,causal": {"CAUSAL": True, "GROUP": 4},
+    "padded": {"HAS_LENGTHS": True, "HAS_QUERY_LENGTHS": True, "MASK": 4},
+    "padded,dropout": {"HAS_LENGTHS": True, "HAS_QUERY_LENGTHS": True, "MASK": 4, "DROPOUT": True},
+    "float key mask": {"MASK": 3},
     "packed": {"VARLEN": True},
     "packed,causal": {"VARLEN": True, "CAUSAL": True},
     "window": {"CAUSAL": True, "WINDOW": True},
     "softcap": {"CAUSAL": True, "SOFTCAP": 1},
     "alibi": {"CAUSAL": True, "ALIBI": True},
-    "key mask,dropout": {"MASK": 3, "DROPOUT": True},
-    "float mask": {"MASK": 2, "MASK_ROWS": True},
+    "float mask": {"MASK": 2},
+    "bool mask,dropout": {"MASK": 1, "DROPOUT": True},
+    "ragged mask": {"MASK": 2, "RAGGED": True},
 }
-PLAIN = ("", "lengths", "causal", "lengths,dropout", "causal,dropout", "gqa,causal")
-INTEGERS = ("key_lengths_ptr", "query_lengths_ptr", "cu_q_ptr", "cu_k_ptr")
+PLAIN = ("", "lengths", "causal", "lengths,dropout", "causal,dropout", "gqa,causal", "padded,dropout")
+POINTERS = ("lengths", "lengths,dropout", "padded,dropout", "packed,causal", "float mask")
+SMALL = ("lengths", "causal,dropout", "padded,dropout", "packed,causal", "float mask")
+INTEGERS = ("key_range_ptr", "key_lengths_ptr", "query_lengths_ptr", "cu_q_ptr", "cu_k_ptr")
 SUMS = ("lse_ptr", "slopes_ptr", "lse2_ptr", "delta_ptr", "partial_ptr")
 REALS = ("scale", "softcap", "keep_scale", "grad_scale", "value_scale", "keep_probability")
 BITS = {"fp16": 16, "bf16": 16, "fp32": 32}
 
 
 def static_cases() -> list[StaticCase]:
-    """Forward, dK/dV and dQ by head dim and form; on Hopper with descriptors, elsewhere with pointers."""
+    """Forward, dK/dV and dQ by head dim and form; on Hopper with descriptors and pointers, elsewhere with pointers."""
     cases = []
-    for head_dim in (64, 128):
-        for kernel in ("forward", "dkdv", "dq"):
-            cases += [_case(kernel, head_dim, "fp16", form, sm=90, tma=form in PLAIN) for form in FORMS]
-            for sm, form in ((90, "lengths"), (90, "lengths,dropout"), (80, "lengths"), (80, "causal,dropout")):
-                cases.append(_case(kernel, head_dim, "fp16", form, sm=sm, tma=False))
     for kernel in ("forward", "dkdv", "dq"):
-        cases.append(_case(kernel, 64, "bf16", "lengths,dropout", sm=90, tma=True))
-        cases.append(_case(kernel, 256, "fp16", "causal", sm=90, tma=True))
-        cases += [_case(kernel, head_dim, "fp32", "lengths,dropout", sm=80, tma=False) for head_dim in (64, 128)]
-    cases += [_case("bias", head_dim, "fp16", "float mask", sm=90, tma=False) for head_dim in (64, 128)]
+        for head_dim in (64, 128):
+            cases += _cases(kernel, head_dim, "fp16", FORMS, sm=90, tma=True)
+            cases += _cases(kernel, head_dim, "fp16", POINTERS, sm=90, tma=False)
+            cases += _cases(kernel, head_dim, "fp16", SMALL, sm=80, tma=False)
+        cases += _cases(kernel, 64, "bf16", ("lengths,dropout",), sm=90, tma=True)
+        cases += _cases(kernel, 256, "fp16", ("causal", "padded,dropout"), sm=90, tma=True)
+        cases += _cases(kernel, 256, "fp16", ("packed,causal", "float mask"), sm=90, tma=False)
+        cases += _cases(kernel, 256, "fp16", ("padded,dropout",), sm=80, tma=False)
+        for head_dim in (64, 128):
+            cases += _cases(kernel, head_dim, "fp32", ("lengths,dropout",), sm=80, tma=False)
+    for head_dim in (64, 128, 256):
+        cases += _cases("bias", head_dim, "fp16", ("float mask",), sm=90, tma=False)
     return cases
 
 
-def _case(kernel: str, head_dim: int, dtype: str, form: str, *, sm: int, tma: bool) -> StaticCase:
-    function = KERNELS[kernel]
-    flags = {**OFF, **FORMS[form]}
-    config = configuration(
-        kernel,
-        head_dim,
-        BITS[dtype] // 8,
-        sm=sm,
-        plain=form in PLAIN,
-        dropout=flags["DROPOUT"],
-        causal=flags["CAUSAL"],
-        tma=tma,
-    )
+def _cases(kernel: str, head_dim: int, dtype: str, forms: Iterable[str], *, sm: int, tma: bool) -> list[StaticCase]:
+    found = []
+    for form in forms:
+        flags = {**OFF, **FORMS[form]}
+        config = configuration(
+            kernel,
+            head_dim,
+            BITS[dtype] // 8,
+            sm,
+            Form(
+                tma=tma,
+                dropout=flags["DROPOUT"],
+                causal=flags["CAUSAL"],
+                grouped=flags["GROUP"] > 1,
+                packed=flags["VARLEN"],
+                cut=flags["VARLEN"] or flags["HAS_QUERY_LENGTHS"],
+                keyed=flags["MASK"] == 3,
+                banded=flags["WINDOW"] or flags["ALIBI"],
+                scored=bool(flags["SOFTCAP"] or flags["MASK"] in (1, 2)),
+            ),
+        )
+        parts = {"dk": {"WANT_DV": False}, "dv": {"WANT_DK": False}} if config.split else {kernel: {}}
+        for name, part in parts.items():
+            found.append(_case(name, KERNELS[kernel], head_dim, dtype, form, flags | part, config, sm=sm, tma=tma))
+    return found
+
+
+def _case(
+    kernel: str,
+    function: Any,
+    head_dim: int,
+    dtype: str,
+    form: str,
+    flags: dict[str, Any],
+    config: Config,
+    *,
+    sm: int,
+    tma: bool,
+) -> StaticCase:
     flags |= {
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
@@ -82,6 +119,7 @@ def _case(kernel: str, head_dim: int, dtype: str, form: str, *, sm: int, tma: bo
         "BLOCK_N": config.block_n,
         "TMA": tma,
         "LAG": config.lag,
+        "LEAN": config.lean,
         "ALIGNED_DIAGONAL": config.block_n % config.block_m == 0 and not flags["VARLEN"],
         "stride_ls": flags["VARLEN"] or 1,
         "stride_mn": 1,
@@ -96,7 +134,8 @@ def _case(kernel: str, head_dim: int, dtype: str, form: str, *, sm: int, tma: bo
             continue
         if name.endswith("_source"):
             rows = config.block_n if name[0] in "kv" else config.block_m
-            signature[name] = f"tensordesc<{dtype}[1,1,{rows},{flags['BLOCK_D']}]>" if tma else f"*{dtype}"
+            described = tma and not (name == "o_source" and flags.get("VARLEN"))
+            signature[name] = f"tensordesc<{dtype}[1,1,{rows},{flags['BLOCK_D']}]>" if described else f"*{dtype}"
         elif name in SUMS:
             signature[name] = "*fp32"
         elif name in INTEGERS:
@@ -104,7 +143,7 @@ def _case(kernel: str, head_dim: int, dtype: str, form: str, *, sm: int, tma: bo
         elif name == "seed_ptr":
             signature[name] = "*i64"
         elif name == "mask_ptr":
-            signature[name] = "*fp32" if flags.get("MASK") == 3 else f"*{dtype}"
+            signature[name] = "*fp32" if flags.get("MASK", 0) >= 3 else f"*{dtype}"
         elif name.endswith("_ptr"):
             signature[name] = f"*{dtype}"
         else:
@@ -114,7 +153,7 @@ def _case(kernel: str, head_dim: int, dtype: str, form: str, *, sm: int, tma: bo
         ):
             divisible.append(name)
     how = "descriptors" if tma else "pointers"
-    tiles = 512 // (config.block_n if kernel == "dkdv" else config.block_m)
+    tiles = 512 // (config.block_n if kernel in ("dkdv", "dk", "dv") else config.block_m)
     return StaticCase(
         name=f"attention.{kernel}[{head_dim},{dtype},{form or 'dense'},{how}{'' if sm >= 90 else ',sm_80'}]",
         kernel=function,
@@ -125,7 +164,7 @@ def _case(kernel: str, head_dim: int, dtype: str, form: str, *, sm: int, tma: bo
         options={"enable_fp_fusion": True},
         divisible_by_16=tuple(divisible),
         work_per_thread=config.block_m * config.block_n / (32 * config.warps),
-        targets=(90, 100) if tma else (90,) if sm >= 90 else (80, 86),
+        targets=(80, 86) if sm < 90 else (90, 100) if tma and form in PLAIN else (90,),
         grid=64 * 12 * tiles,
         sample=f"B=64 H=12 S=512 D={head_dim}",
     )

@@ -40,6 +40,13 @@ def sequence(
 
 
 @triton.jit
+def key_range(batch, k_len, key_range_ptr, stride_range):
+    """Live keys under a key mask too, and whether it hides and biases none of them: see attention_keys."""
+    code = tl.load(key_range_ptr + batch * stride_range)
+    return tl.minimum(k_len, code >> 1), (code & 1) != 0
+
+
+@triton.jit
 def padded_row(batch, batch_head, q_first, Sq_pad, H, VARLEN: tl.constexpr):
     """Where the rows of one batch and head start in lse2 and delta, a multiple of 128.
 
@@ -57,12 +64,15 @@ def load_rows(
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, WIDE: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
-    """Rows start.. of one head, (BLOCK, BLOCK_D); zeros past rows_end (TMA: past the tensor) where BOUND."""
+    """Rows start.. of one head, (BLOCK, BLOCK_D); zeros past rows_end (TMA: past the tensor) where BOUND.
+
+    Packed tensors have batch 0 and start at row `first`.
+    """
     if TMA:
-        return source.load([batch, head, start, 0]).reshape(BLOCK, BLOCK_D)
+        return source.load([batch, head, tl.cast(first + start, tl.int32), 0]).reshape(BLOCK, BLOCK_D)
     else:
         # a 64-bit base and 32-bit offsets inside the tile take half the address registers
-        base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+        base = source + tl.cast(batch, tl.int64) * stride_b + head.to(tl.int64) * stride_h
         base += (tl.cast(first, tl.int64) + start) * stride_s
         local = tl.arange(0, BLOCK)[:, None]
         columns = tl.arange(0, BLOCK_D)[None, :]
@@ -85,7 +95,7 @@ def store_rows(
     target_ptr, tile, batch, head, first, start, rows_end, stride_b, stride_h, stride_s,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    base = target_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    base = target_ptr + tl.cast(batch, tl.int64) * stride_b + head.to(tl.int64) * stride_h
     base += (tl.cast(first, tl.int64) + start) * stride_s
     local = tl.arange(0, BLOCK)[:, None]
     columns = tl.arange(0, BLOCK_D)[None, :]
@@ -138,14 +148,14 @@ def reciprocal(x):
 def biased_scores(
     scores, start_m, q_local, start_n, k_local, scale, softcap, slope, mask_base, stride_mm, stride_mn,
     q_len, k_len, shift,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, RAGGED: tl.constexpr,
     WIDE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Raw scores to biased ones times log2(e), and the derivative of the softcap.
 
-    SOFTCAP: 0 none, 1 for 16-bit inputs, 2 precise. MASK: 0 none, 1 bool, 2 float, 3 one fp32 row for all queries,
-    times log2(e) and readable up to a multiple of the tile. MASK_ROWS: of 1 and 2, the rows differ. EDGE: keys of the
-    tile may be past k_len; what such elements get is not used.
+    SOFTCAP: 0 none, 1 for 16-bit inputs, 2 precise. MASK: 0 none, 1 bool, 2 float, 3 and 4 one fp32 row for all queries
+    (4: of 0 and -inf alone), times log2(e) and readable up to a multiple of the tile. RAGGED: Sk is no multiple of
+    the tile. EDGE: keys of the tile may be past k_len; what such elements get is not used.
     """
     bend = scores
     if SOFTCAP:
@@ -157,27 +167,22 @@ def biased_scores(
     if ALIBI:
         distance = (start_m + shift + q_local).to(tl.float32) - (start_n + k_local).to(tl.float32)
         scores = scores - (slope * LOG2E) * tl.abs(distance)
-    if MASK == 3:
+    if MASK >= 3:
         scores = scores + tl.load(mask_base + start_n + k_local)
     elif MASK:
-        # rows and columns past the end read the last one again: no load needs a predicate
-        columns = k_local
-        if EDGE:
-            columns = tl.minimum(k_local, tl.maximum(k_len - 1 - start_n, 0))
-        at = mask_base + tl.cast(start_n, tl.int64) * stride_mn
+        # rows past the end read the last one again; columns past it, which only RAGGED masks have, nothing
+        at = mask_base + tl.cast(start_n, tl.int64) * stride_mn + tl.cast(start_m, tl.int64) * stride_mm
+        rows = tl.minimum(q_local, tl.maximum(q_len - 1 - start_m, 0))
         if WIDE:
-            at = at + columns.to(tl.int64) * stride_mn
+            at = at + rows.to(tl.int64) * stride_mm + k_local.to(tl.int64) * stride_mn
         else:
-            at = at + columns * stride_mn
-        if MASK_ROWS:
-            rows = tl.minimum(q_local, tl.maximum(q_len - 1 - start_m, 0))
-            at = at + tl.cast(start_m, tl.int64) * stride_mm
-            if WIDE:
-                at = at + rows.to(tl.int64) * stride_mm
-            else:
-                at = at + rows * stride_mm
+            at = at + rows * stride_mm + k_local * stride_mn
+        if EDGE and RAGGED:
+            read = tl.load(at, mask=k_local < k_len - start_n, other=0)
+        else:
+            read = tl.load(at)
         if MASK == 1:
-            scores = tl.where(tl.load(at) != 0, scores, float("-inf"))
+            scores = tl.where(read != 0, scores, float("-inf"))
         else:
-            scores = scores + tl.load(at).to(tl.float32) * LOG2E
+            scores = scores + read.to(tl.float32) * LOG2E
     return scores, bend

@@ -22,9 +22,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     `add_zero_attn` and nested tensors are left to torch. A query that may see no key gets 0 (and then the bias of
     `out_proj`) and zero gradients, where torch gives NaN.
 
-    A `key_padding_mask` is handed on twice, both made on the device: as lengths (last key that may be seen, plus one),
-    so that keys past it are never visited, and as a mask (B, 1, 1, S), which makes holes and left padding right.
-    Whether the lengths alone would do is not asked: the answer would have to be read on the host.
+    A `key_padding_mask` is handed on as a mask (B, 1, 1, S), of which the kernels find out on the device how far it
+    reaches and whether it hides anything before that: keys past it are never visited, and padding at the end alone
+    costs the main loop no mask. Beside an `attn_mask`, and on a CPU, it is handed on as lengths, too.
 
     `is_causal=True` with `need_weights=False` says that `attn_mask` is the causal mask, as in torch; the mask is then
     not read, also beside a `key_padding_mask`.
@@ -187,7 +187,8 @@ def attention_masks(
     lengths = None
     if key_padding_mask is not None:
         alive = _visible(key_padding_mask)
-        lengths = lengths_of(alive)
+        if attn_mask is not None or query.device.type == "cpu":
+            lengths = lengths_of(alive)
         if key_padding_mask.dtype == torch.bool:
             visible = alive[:, None, None]
         else:

@@ -23,7 +23,7 @@ from fastops import _env, _library, tuning
 from fastops.ops import attention_checks as checks
 from fastops.ops.attention_dropout import new_seed
 from fastops.ops.attention_ops import Attention
-from fastops.ops.attention_reference import Options, packed, reference, stock
+from fastops.ops.attention_reference import Options, packed, padded_inference, reference, stock
 
 IMPLS = ("auto", "triton", "torch")
 _TABLE = tuning.load("attention")
@@ -81,12 +81,17 @@ def scaled_dot_product_attention(
         KernelUnavailable: impl="triton" where it cannot run; the message says why.
     """
     name = "scaled_dot_product_attention"
-    added = (attn_mask, key_lengths, query_lengths, window, alibi_slopes)
+    added = (attn_mask, query_lengths, window, alibi_slopes)
     plain = impl == "auto" and not (softcap or return_lse) and all(argument is None for argument in added)
     if plain and _stock_on_cpu(query, key, value):  # nothing to decide, and on small tensors the checks cost time
-        return F.scaled_dot_product_attention(
-            query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        if key_lengths is None:
+            return F.scaled_dot_product_attention(
+                query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if isinstance(key_lengths, Tensor) and not (dropout_p or is_causal or torch.compiler.is_compiling()):
+            out = padded_inference(query, key, value, key_lengths, scale)
+            if out is not None:
+                return out
     tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "key_lengths": key_lengths}
     tensors |= {"query_lengths": query_lengths, "alibi_slopes": alibi_slopes}
     checks.check_tensors(name, tensors, ("attn_mask", "key_lengths", "query_lengths", "alibi_slopes"))
@@ -322,7 +327,7 @@ def _engine(
             dtype=query.dtype,
             sm=_sm(query.device),
             mask="none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "float",
-            lengths=key_lengths is not None or query_lengths is not None,
+            lengths=key_lengths is not None or query_lengths is not None or _hides_keys_alone(attn_mask, query, key),
             alibi=alibi_slopes is not None,
             grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
             options=options,
@@ -361,6 +366,13 @@ def facts(
         "dropout": options.dropout_p > 0,
         "packed": packed,
     }
+
+
+def _hides_keys_alone(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
+    """Whether the mask is one row of keys for all queries, as padding is: the kernels skip what it hides."""
+    if attn_mask is None or attn_mask.dim() < 4 or query.shape[-2] == 1:
+        return False
+    return attn_mask.shape[-2] == 1 and attn_mask.shape[-1] == key.shape[-2] > 1
 
 
 def _sm(device: torch.device) -> int:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -163,8 +164,10 @@ def stock(
         out = _sliced(query, key, value, attn_mask, options, key_lengths, query_lengths, alibi_slopes, enable_gqa)
         if out is not None:
             return out, None
-    if key_lengths is not None and not (can_slice and _finite(key, value)):
-        # 0 x NaN is NaN: what lies past a length must not be read as a number
+    # 0 x NaN is NaN: what lies past a length must not be read as a number. Where no gradient will show it, it shows in
+    # the output, which is the smallest thing to look at
+    looked_at = can_slice and not options.dropout_p and not _needs_grad(query, key, value, attn_mask)
+    if key_lengths is not None and not looked_at and not (can_slice and _finite(key, value)):
         dead = past(key_lengths, key.shape[-2])[..., None, :, None]
         key, value = key.masked_fill(dead, 0.0), value.masked_fill(dead, 0.0)
     if causal and not lengths_given:
@@ -180,7 +183,40 @@ def stock(
         bias = alibi if bias is None else bias + alibi
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    return _sdpa(query, key, value, mask, options, False, enable_gqa), None
+    out = _sdpa(query, key, value, mask, options, False, enable_gqa)
+    if key_lengths is not None and looked_at and not _finite(out):
+        dead = past(key_lengths, key.shape[-2])[..., None, :, None]
+        key, value = key.masked_fill(dead, 0.0), value.masked_fill(dead, 0.0)
+        out = _sdpa(query, key, value, mask, options, False, enable_gqa)
+    return out, None
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def padded_inference(
+    query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor, scale: float | None
+) -> Tensor | None:
+    """The plainest padded call on a CPU, too small for slices to pay and for many checks; None where it is not that."""
+    if not query.dim() == key.dim() == value.dim() == 4 or _needs_grad(query, key, value):
+        return None
+    batch, heads, q_len, head_dim = query.shape
+    k_len = key.shape[2]
+    if query.dtype not in (torch.float32, torch.bfloat16) or key_lengths.dtype not in (torch.int32, torch.int64):
+        return None
+    if key.shape != (batch, heads, k_len, head_dim) or value.shape[:3] != key.shape[:3]:
+        return None
+    if key_lengths.shape != (batch,) or key_lengths.device != query.device or not k_len or not head_dim:
+        return None
+    if not q_len or heads * head_dim * q_len * k_len > 2 * WORTH_A_CALL:
+        return None
+    mask = torch.arange(k_len, dtype=key_lengths.dtype) < key_lengths[:, None, None, None]
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    try:  # 0 x NaN is NaN: a dead key or value that is not finite shows in the output
+        return out if math.isfinite(out.sum().item()) else None
+    except RuntimeError:  # fake tensors and those of vmap have no values to read
+        return None
 
 
 def _sdpa(
