@@ -242,8 +242,8 @@ def dkdv_tile(
     TMA: tl.constexpr, WIDE: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # tiles are (queries, keys): P and dS go through shared memory to become left operands; as (keys, queries) they would
-    # not, but a thread would hold lse2 and delta of 16 columns, 32 registers that the accumulators need
+    # tiles are (queries, keys): P and dS go through shared memory to become left operands. As (keys, queries) they
+    # would not, but a thread would hold lse2 and delta of 16 columns, 32 registers that the accumulators need
     start_m = tl.multiple_of(start_m, BLOCK_M)
     q_local = tl.arange(0, BLOCK_M)[:, None]
     k_local = tl.arange(0, BLOCK_N)[None, :]

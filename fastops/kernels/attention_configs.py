@@ -48,7 +48,6 @@ class Form:
         causal: there is a right bound.
         grouped: query heads share key heads.
         packed: sequences are packed.
-        cut: sequences of queries end inside a tile: packed, or given lengths.
         keyed: a float mask of the keys alone.
         banded: a left bound or ALiBi.
         scored: a softcap, or a mask with a row for each query.
@@ -59,7 +58,6 @@ class Form:
     causal: bool = False
     grouped: bool = False
     packed: bool = False
-    cut: bool = False
     keyed: bool = False
     banded: bool = False
     scored: bool = False
@@ -76,8 +74,8 @@ def configuration(kernel: str, block_d: int, element_size: int, sm: int, form: F
         return _fp32(kernel, block_d)
     if kernel == "bias":
         return Config(64, 64, 4, 1) if block_d <= 64 else Config(32, 32, 4, 1)
-    # at D=256 pointers, or rows cut off in registers, leave no room beside the accumulators of a warp-group MMA
-    large = 90 <= sm < 120 and (block_d <= 128 or (form.tma and not form.cut))
+    # at D=256 pointers leave no room beside the accumulators of a warp-group MMA
+    large = 90 <= sm < 120 and (block_d <= 128 or form.tma)
     choose = {
         "forward": _forward if large else _small_forward,
         "dkdv": _dkdv if large else _small_dkdv,
@@ -122,7 +120,7 @@ def _dq(block_d: int, form: Form) -> Config:
             return Config(64, 64, 4, 2)
         return Config(64, 128, 4, 1 if form.scored else 2, lean=form.scored)
     if block_d > 128:
-        return Config(64, 64, 4, 1, lean=True)
+        return Config(64, 32, 4, 1, lean=True)
     if form.tma and not form.dropout and not form.scored:
         return Config(64, 128, 4, 1, lean=form.banded)
     return Config(64, 64, 4, 2, lean=not form.tma or form.scored)

@@ -124,7 +124,6 @@ class Problem:
                 causal=self.right >= 0,
                 grouped=self.heads != self.kv_heads,
                 packed=self.cu_q is not None,
-                cut=self.cu_q is not None or self.query_lengths is not None,
                 keyed=self.mask_kind == 3,
                 banded=self.alibi_slopes is not None or self.left >= 0,
                 scored=self.softcap > 0 or self.mask_kind in (1, 2),
@@ -138,6 +137,9 @@ class Problem:
 
     def may_use_tma(self, *tensors: Tensor) -> bool:
         """Whether host descriptors can describe these tensors."""
+        cut = self.cu_q is not None or self.query_lengths is not None
+        if cut and block_d(self.head_dim) > 128:
+            return False  # what a descriptor reads past a sequence is cut off in registers, and those are full
         return self.query.element_size() == 2 and sm_of(self.query) >= 90 and all(describable(x) for x in tensors)
 
     def mask_arguments(self) -> list[Any]:

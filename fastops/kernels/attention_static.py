@@ -45,7 +45,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "bool mask,dropout": {"MASK": 1, "DROPOUT": True},
     "ragged mask": {"MASK": 2, "RAGGED": True},
 }
-PLAIN = ("", "lengths", "causal", "lengths,dropout", "causal,dropout", "gqa,causal", "padded,dropout")
+COMMON = ("lengths", "causal", "lengths,dropout", "causal,dropout")  # compiled for all GPUs of a family
 POINTERS = ("lengths", "lengths,dropout", "padded,dropout", "packed,causal", "float mask")
 SMALL = ("lengths", "causal,dropout", "padded,dropout", "packed,causal", "float mask")
 INTEGERS = ("key_range_ptr", "key_lengths_ptr", "query_lengths_ptr", "cu_q_ptr", "cu_k_ptr")
@@ -63,8 +63,8 @@ def static_cases() -> list[StaticCase]:
             cases += _cases(kernel, head_dim, "fp16", POINTERS, sm=90, tma=False)
             cases += _cases(kernel, head_dim, "fp16", SMALL, sm=80, tma=False)
         cases += _cases(kernel, 64, "bf16", ("lengths,dropout",), sm=90, tma=True)
-        cases += _cases(kernel, 256, "fp16", ("causal", "padded,dropout"), sm=90, tma=True)
-        cases += _cases(kernel, 256, "fp16", ("packed,causal", "float mask"), sm=90, tma=False)
+        cases += _cases(kernel, 256, "fp16", ("causal", "lengths,dropout"), sm=90, tma=True)
+        cases += _cases(kernel, 256, "fp16", ("packed,causal", "padded,dropout"), sm=90, tma=False)
         cases += _cases(kernel, 256, "fp16", ("padded,dropout",), sm=80, tma=False)
         for head_dim in (64, 128):
             cases += _cases(kernel, head_dim, "fp32", ("lengths,dropout",), sm=80, tma=False)
@@ -88,7 +88,6 @@ def _cases(kernel: str, head_dim: int, dtype: str, forms: Iterable[str], *, sm: 
                 causal=flags["CAUSAL"],
                 grouped=flags["GROUP"] > 1,
                 packed=flags["VARLEN"],
-                cut=flags["VARLEN"] or flags["HAS_QUERY_LENGTHS"],
                 keyed=flags["MASK"] == 3,
                 banded=flags["WINDOW"] or flags["ALIBI"],
                 scored=bool(flags["SOFTCAP"] or flags["MASK"] in (1, 2)),
@@ -164,7 +163,7 @@ def _case(
         options={"enable_fp_fusion": True},
         divisible_by_16=tuple(divisible),
         work_per_thread=config.block_m * config.block_n / (32 * config.warps),
-        targets=(80, 86) if sm < 90 else (90, 100) if tma and form in PLAIN else (90,),
+        targets=((80, 86) if sm < 90 else (90, 100)) if form in COMMON and tma is (sm >= 90) else (sm,),
         grid=64 * 12 * tiles,
         sample=f"B=64 H=12 S=512 D={head_dim}",
     )
