@@ -1,7 +1,9 @@
 """`fastops inspect` as a stranger would use it."""
 
 import json
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +12,7 @@ pytest.importorskip("triton")
 import torch
 
 from fastops.__main__ import main
-from fastops.inspection import InspectionError, catalog, compile_case, inspect
+from fastops.inspection import InspectionError, catalog, compile_case, inspect, render
 from fastops.inspection.gpus import find_target
 from fastops.inspection.shapes import launches, parse_shape
 from tests.test_inspection import product, product_kernel
@@ -250,3 +252,24 @@ def test_targets_keep_to_where_a_kernel_is_launched(monkeypatch, capsys):
     # asked for by name, a kernel is shown where it is not launched too, and marked so
     code, out, _ = fastops(capsys, hopper, "-t", "sm_80", "--json", "-")
     assert [(one["target"], one["launched"]) for one in json.loads(out)["kernels"]] == [(80, False)]
+
+
+def test_an_interrupted_command_and_a_shape_of_no_op(monkeypatch, capsys):
+    for words in (["attention", "conv2d"], []):
+        assert main(["inspect", *words, "--shape", "1,2,64,64"]) == 2
+        assert "--shape takes one op of attention" in capsys.readouterr().err
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastops.inspection.cli._run", interrupted)
+    assert main(["inspect", "--list"]) == 130
+    assert capsys.readouterr().err == "fastops inspect: interrupted\n"
+
+
+def test_floor_of_an_op_in_words():
+    op = SimpleNamespace(name="attention", flops=2e12, bytes=3e9)
+    memory = SimpleNamespace(name="copy", flops=None, bytes=3.35e9)
+    h100 = find_target("H100")
+    assert re.match(r"attention on .*: 3,000 MB, 2,000 GFLOP; floor .*H100", render.floor_note(op, "fp16", h100))
+    assert re.match(r"copy on .*: 3,350 MB; floor .*\(.*\), from .*H100", render.floor_note(memory, "fp16", h100))

@@ -1,7 +1,9 @@
 """The profiler: attribution, figures, advice, on real CPU runs and on a GPU trace written by hand."""
 
 import gzip
+import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -549,3 +551,19 @@ def test_views_move_no_bytes():
     ).host
     assert work.bytes_of(view) == 0
     assert work.bytes_of(add) == 3 * 64
+
+
+def test_advice_is_a_table_with_what_it_saves():
+    from rich.console import Console
+
+    from fastops.profiling import table
+    from fastops.profiling.advice import Advice
+
+    console = Console(width=160, record=True, file=io.StringIO())
+    summary = SimpleNamespace(step=SimpleNamespace(wall_ms=10.0))
+    console.print(table._advice([Advice("fuse it", "two kernels", "accelerate(model)", "high", 2.5)], summary))
+    console.print(table._advice([Advice("swap it", "slow", "accelerate(model)", "low", accelerates=True)], summary))
+    console.print(table._advice([], summary))
+    text = console.export_text()
+    for words in ("fuse it", "two kernels", "up to 2.500 ms (25 %) per step", "measure it: --apply", "advice: none"):
+        assert words in text
