@@ -48,7 +48,7 @@ class Form:
         causal: there is a right bound.
         grouped: query heads share key heads.
         packed: sequences are packed.
-        keyed: a float mask of the keys alone.
+        keyed: a mask of the keys alone.
         banded: a left bound or ALiBi.
         scored: a softcap, or a mask with a row for each query.
     """
@@ -122,7 +122,7 @@ def _dq(block_d: int, form: Form) -> Config:
     if block_d > 128:
         return Config(64, 32, 4, 1, lean=True)
     if form.tma and not form.dropout and not form.scored:
-        return Config(64, 128, 4, 1, lean=form.banded)
+        return Config(64, 128, 4, 1, lean=form.banded or form.keyed)
     return Config(64, 64, 4, 2, lean=not form.tma or form.scored)
 
 

@@ -124,7 +124,7 @@ class Problem:
                 causal=self.right >= 0,
                 grouped=self.heads != self.kv_heads,
                 packed=self.cu_q is not None,
-                keyed=self.mask_kind == 3,
+                keyed=self.mask_kind >= 3,
                 banded=self.alibi_slopes is not None or self.left >= 0,
                 scored=self.softcap > 0 or self.mask_kind in (1, 2),
             ),

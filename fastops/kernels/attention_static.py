@@ -88,7 +88,7 @@ def _cases(kernel: str, head_dim: int, dtype: str, forms: Iterable[str], *, sm: 
                 causal=flags["CAUSAL"],
                 grouped=flags["GROUP"] > 1,
                 packed=flags["VARLEN"],
-                keyed=flags["MASK"] == 3,
+                keyed=flags["MASK"] >= 3,
                 banded=flags["WINDOW"] or flags["ALIBI"],
                 scored=bool(flags["SOFTCAP"] or flags["MASK"] in (1, 2)),
             ),
