@@ -367,8 +367,8 @@ def cells():
     for contract_name, check in CONTRACTS.items():
         for name in SUBJECTS:
             marks = [pytest.mark.gpu] if contract_name in ON_GPU else []
-            if contract_name.startswith("compile") and name in MODULES:
-                marks.append(pytest.mark.slow)  # their own tests compile them too
+            if contract_name == "compile_dynamic" or (contract_name in ("compile_static", "export") and name in MODULES):
+                marks.append(pytest.mark.slow)  # the tests of the op compile too
             if contract_name == "other_device" and torch.cuda.device_count() < 2:
                 marks.append(pytest.mark.skip(reason="needs two GPUs"))
             if (contract_name, name) in REASONS:
