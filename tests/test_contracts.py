@@ -367,7 +367,8 @@ def cells():
     for contract_name, check in CONTRACTS.items():
         for name in SUBJECTS:
             marks = [pytest.mark.gpu] if contract_name in ON_GPU else []
-            if contract_name == "compile_dynamic" or (contract_name in ("compile_static", "export") and name in MODULES):
+            dear = contract_name in ("compile_static", "export") and name in MODULES
+            if dear or contract_name == "compile_dynamic":
                 marks.append(pytest.mark.slow)  # the tests of the op compile too
             if contract_name == "other_device" and torch.cuda.device_count() < 2:
                 marks.append(pytest.mark.skip(reason="needs two GPUs"))
