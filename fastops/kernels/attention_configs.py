@@ -106,8 +106,8 @@ def _dkdv(block_d: int, form: Form) -> Config:
     if block_d > 128:
         return Config(64, 64, 4, 1, lean=True, split=True)
     if block_d <= 64:
-        # two stages serialise the MMAs of loops without a diagonal
-        return Config(64, 64, 4, 2 if form.causal and form.plain else 1)
+        # two stages serialise the MMAs of loops without a diagonal, and with dropout in Triton 3.9
+        return Config(64, 64, 4, 2 if form.causal and form.plain and not form.dropout else 1)
     busy = form.dropout or form.causal or form.packed or form.grouped or form.keyed
     if form.tma:
         return Config(64, 64, 4, 2 if busy and form.plain and not form.grouped else 1, lean=busy or not form.plain)
