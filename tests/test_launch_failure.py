@@ -166,6 +166,7 @@ def test_auto_goes_on_with_stock_and_warns_once(name, direction, monkeypatch):
     tries = plant(monkeypatch, getattr(family, direction))
     with pytest.warns(RuntimeWarning) as heard:
         found = run(family, tensors, "auto")
+    heard = [w for w in heard if w.category is RuntimeWarning]  # not those of Triton 3.6's interpreter
     assert len(heard) == 1, [str(w.message) for w in heard]
     said = str(heard[0].message)
     assert said.startswith(f"{family.name}: stock PyTorch runs from now on")
@@ -173,7 +174,7 @@ def test_auto_goes_on_with_stock_and_warns_once(name, direction, monkeypatch):
     assert "OutOfResources" in said
     assert "shared memory" in said
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         again = run(family, tensors, "auto")
     assert len(tries) == 1
     for ours, later, stock in zip(found, again, expected, strict=True):
