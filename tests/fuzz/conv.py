@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastops
-from tests.fuzz.engine import FLOATS, KERNEL_FLOATS, SEEDS, agree, environment, fuzzed, rarely, specs
+from tests.fuzz.engine import FLOATS, KERNEL_FLOATS, SEEDS, Spec, agree, environment, fuzzed, rarely, replace, specs
 
 VALUES = st.sampled_from(["small", "grid"])
 ODD_NUMBERS = st.sampled_from([0, -1, (1,), (1, -1), [2, 1], (1, 2, 3), 1.0, True, None, "2", ()])
@@ -97,6 +97,8 @@ def convolutions(draw: Any, impls: tuple[str, ...], dtypes: Any, big: int, odd: 
         argument("dilation", number(1, 2)),
         argument("groups", st.just(groups)),
     )
+    if window[2] != 1:  # torch 2.13 crashes: x and w (2, 2, 2, 1) channels_last, stride 3, padding and dilation 2, CPU
+        tensors = [replace(x, layout="plain") if isinstance(x, Spec) else x for x in tensors]
     pool = None
     if draw(st.booleans()):
         pool = (
