@@ -73,15 +73,41 @@ def configuration(kernel: str, block_d: int, element_size: int, sm: int, form: F
     if element_size != 2:
         return _fp32(kernel, block_d)
     if kernel == "bias":
-        return Config(64, 64, 4, 1) if block_d <= 64 else Config(32, 32, 4, 1)
+        return _bias(block_d) if 90 <= sm < 120 else _small_bias(block_d)
     # at D=256 pointers leave no room beside the accumulators of a warp-group MMA
     large = 90 <= sm < 120 and (block_d <= 128 or form.tma)
+    if large and sm >= 100:
+        instead = _blackwell(kernel, block_d, form)
+        if instead is not None:
+            return instead
     choose = {
         "forward": _forward if large else _small_forward,
         "dkdv": _dkdv if large else _small_dkdv,
         "dq": _dq if large else _small_dq,
     }
     return choose[kernel](block_d, form)
+
+
+def _bias(block_d: int) -> Config:
+    return Config(64, 64 if block_d <= 64 else 32, 4 if block_d <= 128 else 8, 1)
+
+
+def _small_bias(block_d: int) -> Config:
+    if block_d <= 64:
+        return Config(64, 32, 4, 1)
+    return Config(32, 32 if block_d <= 128 else 16, 4, 1)
+
+
+def _blackwell(kernel: str, block_d: int, form: Form) -> Config | None:
+    """What differs from sm_90, because accumulators are in tensor memory and are read into more registers at once."""
+    if kernel == "dq" and form.dropout and form.tma and block_d <= 128:
+        return Config(64, 64, 4, 2, lean=block_d > 64)
+    if kernel == "forward" and form.tma and form.plain:
+        if block_d > 128:
+            return Config(128, 64, 8, 1, lean=True)
+        if block_d > 64 and form.dropout:
+            return Config(128, 64, 8, 2, lag=True)
+    return None
 
 
 def _fp32(kernel: str, block_d: int) -> Config:
@@ -107,7 +133,8 @@ def _dkdv(block_d: int, form: Form) -> Config:
         return Config(64, 64, 4, 1, lean=True, split=True)
     if block_d <= 64:
         # two stages serialise the MMAs of loops without a diagonal, and with dropout in Triton 3.9
-        return Config(64, 64, 4, 2 if form.causal and form.plain and not form.dropout else 1)
+        deep = form.causal and form.plain and not form.dropout and (form.tma or not form.packed)
+        return Config(64, 64, 4, 2 if deep else 1)
     busy = form.dropout or form.causal or form.packed or form.grouped or form.keyed
     if form.tma:
         return Config(64, 64, 4, 2 if busy and form.plain and not form.grouped else 1, lean=busy or not form.plain)
@@ -123,22 +150,31 @@ def _dq(block_d: int, form: Form) -> Config:
         return Config(64, 32, 4, 1, lean=True)
     if form.tma and not form.dropout and not form.scored:
         return Config(64, 128, 4, 1, lean=form.banded or form.keyed)
+    if form.tma and form.scored:
+        return Config(64, 64, 4, 1)  # two stages serialise the MMAs beside a mask
     return Config(64, 64, 4, 2, lean=not form.tma or form.scored)
 
 
 def _small_forward(block_d: int, form: Form) -> Config:
-    return Config(64, 64, 4, 2) if block_d <= 128 else Config(32, 32, 4, 1, lean=True)
+    if block_d > 128:
+        return Config(32, 32, 4, 1, lean=True)
+    if block_d > 64 and form.packed:
+        return Config(128, 64, 8, 2)
+    return Config(64, 64, 4, 2, lean=True)
 
 
 def _small_dkdv(block_d: int, form: Form) -> Config:
     if block_d > 128:
         return Config(32, 32, 4, 1, lean=True)
     if block_d > 64:
-        return Config(32, 64, 4, 1, lean=True)
-    return Config(64, 32, 4, 1, lean=True) if form.scored else Config(64, 64, 4, 2, lean=True)
+        return Config(64, 64, 8, 1, lean=True) if form.dropout else Config(32, 64, 4, 1, lean=True)
+    if form.scored:
+        return Config(64, 32, 4, 1, lean=True)
+    return Config(64, 32 if form.dropout else 64, 4, 2, lean=True)
 
 
 def _small_dq(block_d: int, form: Form) -> Config:
     if block_d > 128:
         return Config(32, 32, 4, 1, lean=True)
-    return Config(64, 32 if block_d > 64 and (form.dropout or form.scored) else 64, 4, 2, lean=True)
+    busy = form.dropout or form.scored
+    return Config(64, 32 if block_d > 64 and busy else 64, 4, 2, lean=block_d <= 64 or busy or form.packed)

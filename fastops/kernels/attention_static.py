@@ -69,7 +69,8 @@ def static_cases() -> list[StaticCase]:
         for head_dim in (64, 128):
             cases += _cases(kernel, head_dim, "fp32", ("lengths,dropout",), sm=80, tma=False)
     for head_dim in (64, 128, 256):
-        cases += _cases("bias", head_dim, "fp16", ("float mask",), sm=90, tma=False)
+        for sm in (80, 90):
+            cases += _cases("bias", head_dim, "fp16", ("float mask",), sm=sm, tma=False)
     return cases
 
 
@@ -77,25 +78,24 @@ def _cases(kernel: str, head_dim: int, dtype: str, forms: Iterable[str], *, sm: 
     found = []
     for form in forms:
         flags = {**OFF, **FORMS[form]}
-        config = configuration(
-            kernel,
-            head_dim,
-            BITS[dtype] // 8,
-            sm,
-            Form(
-                tma=tma,
-                dropout=flags["DROPOUT"],
-                causal=flags["CAUSAL"],
-                grouped=flags["GROUP"] > 1,
-                packed=flags["VARLEN"],
-                keyed=flags["MASK"] >= 3,
-                banded=flags["WINDOW"] or flags["ALIBI"],
-                scored=bool(flags["SOFTCAP"] or flags["MASK"] in (1, 2)),
-            ),
+        needs = Form(
+            tma=tma,
+            dropout=flags["DROPOUT"],
+            causal=flags["CAUSAL"],
+            grouped=flags["GROUP"] > 1,
+            packed=flags["VARLEN"],
+            keyed=flags["MASK"] >= 3,
+            banded=flags["WINDOW"] or flags["ALIBI"],
+            scored=bool(flags["SOFTCAP"] or flags["MASK"] in (1, 2)),
         )
-        parts = {"dk": {"WANT_DV": False}, "dv": {"WANT_DK": False}} if config.split else {kernel: {}}
-        for name, part in parts.items():
-            found.append(_case(name, KERNELS[kernel], head_dim, dtype, form, flags | part, config, sm=sm, tma=tma))
+        targets = (sm, 86 if sm < 90 else 100) if form in COMMON and tma is (sm >= 90) else (sm,)
+        shared: dict[Config, list[int]] = {}  # capabilities by the configuration they run
+        for target in targets:
+            shared.setdefault(configuration(kernel, head_dim, BITS[dtype] // 8, target, needs), []).append(target)
+        for config, own in shared.items():
+            parts = {"dk": {"WANT_DV": False}, "dv": {"WANT_DK": False}} if config.split else {kernel: {}}
+            for name, part in parts.items():
+                found.append(_case(name, KERNELS[kernel], head_dim, dtype, form, flags | part, config, own, tma))
     return found
 
 
@@ -107,8 +107,7 @@ def _case(
     form: str,
     flags: dict[str, Any],
     config: Config,
-    *,
-    sm: int,
+    targets: list[int],
     tma: bool,
 ) -> StaticCase:
     flags |= {
@@ -152,9 +151,10 @@ def _case(
         ):
             divisible.append(name)
     how = "descriptors" if tma else "pointers"
+    where = "" if targets[0] == 90 else f",sm_{targets[0]}"
     tiles = 512 // (config.block_n if kernel in ("dkdv", "dk", "dv") else config.block_m)
     return StaticCase(
-        name=f"attention.{kernel}[{head_dim},{dtype},{form or 'dense'},{how}{'' if sm >= 90 else ',sm_80'}]",
+        name=f"attention.{kernel}[{head_dim},{dtype},{form or 'dense'},{how}{where}]",
         kernel=function,
         signature=signature,
         constexprs=flags,
@@ -163,7 +163,7 @@ def _case(
         options={"enable_fp_fusion": True},
         divisible_by_16=tuple(divisible),
         work_per_thread=config.block_m * config.block_n / (32 * config.warps),
-        targets=((80, 86) if sm < 90 else (90, 100)) if form in COMMON and tma is (sm >= 90) else (sm,),
+        targets=tuple(targets),
         grid=64 * 12 * tiles,
         sample=f"B=64 H=12 S=512 D={head_dim}",
     )
