@@ -279,8 +279,10 @@ def two_threads(make, device):
     expected = [run(call, each) for each in inputs]
     found: list[list] = [[], []]
     start = threading.Barrier(2)
+    cores = torch.get_num_threads()
 
     def work(index):
+        torch.set_num_threads(cores)  # is a thread's own, and changes the order of sums in PyTorch's convolution
         start.wait(30)
         found[index] = [run(call, inputs[index]) for _ in range(2)]
 

@@ -152,14 +152,14 @@ def _dq(block_d: int, form: Form) -> Config:
         return Config(64, 128, 4, 1, lean=form.banded or form.keyed)
     if form.tma and form.scored:
         return Config(64, 64, 4, 1)  # two stages serialise the MMAs beside a mask
-    return Config(64, 64, 4, 2, lean=not form.tma or form.scored)
+    return Config(64, 64, 4, 1 if form.keyed and not form.tma else 2, lean=not form.tma)
 
 
 def _small_forward(block_d: int, form: Form) -> Config:
     if block_d > 128:
         return Config(32, 32, 4, 1, lean=True)
     if block_d > 64 and form.packed:
-        return Config(128, 64, 8, 2)
+        return Config(128, 64, 8, 1)
     return Config(64, 64, 4, 2, lean=True)
 
 
