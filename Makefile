@@ -58,7 +58,7 @@ bench: $(READY)  ## the benchmark: GPU timings where there is a GPU, CPU timings
 gpu: $(READY)  ## GPU tests, then the GPU suite; JSON as it goes under $$OUT (default bench-results/), under 9 minutes
 	$(PY) -m bench.gpu
 
-inspect-matrix: $(READY)  ## the static gate under Triton 3.6.0 and 3.9.0, installed side by side
+inspect-matrix: $(READY)  ## the static gate under Triton 3.6.0, installed side by side; VERSIONS= names others
 	@PY="$(PY)" .ci/inspect-matrix
 
 lint: $(READY)  ## ruff (check and format) and mypy

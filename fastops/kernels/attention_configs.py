@@ -113,7 +113,7 @@ def _blackwell(kernel: str, block_d: int, form: Form) -> Config | None:
 def _fp32(kernel: str, block_d: int) -> Config:
     if block_d <= 64:
         return Config(32, 32, 8, 1)
-    return Config(16, 16, 8 if kernel == "forward" or block_d > 128 else 4, 1)
+    return Config(16, 16, 8 if kernel == "forward" or block_d > 128 else 4, 1, lean=kernel != "forward")
 
 
 def _forward(block_d: int, form: Form) -> Config:

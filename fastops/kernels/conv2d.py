@@ -49,8 +49,14 @@ GATHER_TILES = {
     ("tf32", False): Tile(128, 64, 32, 3),
     ("ieee", False): Tile(64, 64, 16, 2),
 }
+# Triton 3.6 makes three times the instructions of the gather by single elements, and spills with the larger tile
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # by arithmetic; smaller, because every element has its own address
-FLAT_TILES = {"16-bit": Tile(128, 64, 64, 2), "tf32": Tile(64, 64, 32, 3), "ieee": Tile(64, 32, 16, 2)}
+FLAT_TILES = {
+    "16-bit": Tile(128, 64, 64, 2) if _TRITON >= (3, 7) else Tile(64, 64, 32, 3),
+    "tf32": Tile(64, 64, 32, 3),
+    "ieee": Tile(64, 32, 16, 2),
+}
 # by arithmetic, and whether K % 128 == 0: the output channels of one program fill the tile
 BATCH_TILES = {
     ("16-bit", True): Tile(128, 128, 64, 3),
