@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastops
-from fastops import _library, tuning
+from fastops import _env, _library, tuning
 from fastops.ops import attention, conv2d_relu, layer_norm_lstm, rnn, rnn_cell
 from tests.conftest import KERNELS
 
@@ -41,7 +41,7 @@ def weights_of(mode, *flat):
 def by_row(module):
     def take(monkeypatch):
         monkeypatch.setattr(module, "_plain_cuda", lambda *tensors: True)
-        monkeypatch.setattr(module, "_on_cpu", lambda tensor: False)
+        monkeypatch.setattr(_env, "nothing_to_choose", lambda impl, input: False)
         monkeypatch.setattr(tuning, "choose", lambda *_: tuning.Row("triton", "", "", ()))
 
     return take

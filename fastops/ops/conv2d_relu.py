@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -175,10 +174,6 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
-def _on_cpu(input: Any) -> bool:
-    return getattr(input, "is_cpu", False)
-
-
 def _plain_cuda(*tensors: Tensor | None) -> bool:
     """Whether all are ordinary CUDA tensors; a subclass (DTensor, ...) knows how to run stock ops only."""
     return all(
@@ -243,9 +238,8 @@ def conv2d_relu(
         RuntimeError, TypeError: where torch.nn.functional.conv2d does.
         KernelUnavailable: the engine asked for cannot run this call; the message says why.
     """
-    if impl == "auto" and _on_cpu(input) and _env.choose_impl(impl, IMPLS) == "auto":
-        # as reference does, at the cost of one check: small layers on the CPU take microseconds
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups).relu_()  # type: ignore[arg-type]
+    if _env.nothing_to_choose(impl, input):
+        return reference(input, weight, bias, stride, padding, dilation, groups)
     call = _prepare("conv2d_relu", impl, input, weight, bias, stride, padding, dilation, groups, None)
 
     def stock() -> Tensor:

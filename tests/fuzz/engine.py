@@ -205,6 +205,28 @@ def agree(
     return "same"
 
 
+def agree_modules(
+    through: Callable[[torch.nn.Module], Callable[..., Any]],
+    ours: torch.nn.Module,
+    stock: torch.nn.Module,
+    double: torch.nn.Module,
+    arguments: Sequence[Any],
+    *,
+    explicit: bool,
+) -> str:
+    """`agree` of modules that are called alike, `through` one; `double` is `stock` in float64."""
+    return agree(
+        through(ours),
+        through(stock),
+        arguments,
+        explicit=explicit,
+        extra=list(ours.parameters()),
+        stock_extra=list(stock.parameters()),
+        truth_of=through(double),
+        truth_extra=list(double.parameters()),
+    )
+
+
 def _real(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 

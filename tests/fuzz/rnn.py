@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastops
-from tests.fuzz.engine import FLOATS, KERNEL_FLOATS, SEEDS, Spec, agree, fuzzed, rarely, specs
+from tests.fuzz.engine import FLOATS, KERNEL_FLOATS, SEEDS, Spec, agree, agree_modules, fuzzed, rarely, specs
 
 CPU_FLOATS = st.sampled_from([torch.float32, torch.float32, torch.bfloat16])
 WRONG = ("input width", "input rank", "state shape", "state rank", "input dtype", "state dtype", "integers", "no steps")
@@ -224,16 +224,7 @@ def recurrent_cell_modules(case: tuple[Any, ...]) -> str:
     def through(cell: nn.Module) -> Any:
         return lambda x, *hx: cell(x, None if not hx else hx if name == "LSTMCell" else hx[0])
 
-    return agree(
-        through(ours),
-        through(stock),
-        [given, *states],
-        explicit=impl == "triton",
-        extra=list(ours.parameters()),
-        stock_extra=list(stock.parameters()),
-        truth_of=through(double),
-        truth_extra=list(double.parameters()),
-    )
+    return agree_modules(through, ours, stock, double, [given, *states], explicit=impl == "triton")
 
 
 @st.composite

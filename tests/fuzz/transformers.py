@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastops
-from tests.fuzz.engine import SEEDS, Spec, agree, fuzzed, rarely, specs
+from tests.fuzz.engine import SEEDS, Spec, agree_modules, fuzzed, rarely, specs
 
 WRONG = ("width", "rank", "key length", "mask shape", "mask dtype", "padding shape", "causal without mask")
 
@@ -98,16 +98,7 @@ def multihead_call(case: Heads) -> str:
 
         return call
 
-    return agree(
-        through(ours),
-        through(stock),
-        case.inputs,
-        explicit=case.impl == "triton",
-        extra=list(ours.parameters()),
-        stock_extra=list(stock.parameters()),
-        truth_of=through(double),
-        truth_extra=list(double.parameters()),
-    )
+    return agree_modules(through, ours, stock, double, case.inputs, explicit=case.impl == "triton")
 
 
 @fuzzed(multihead(("auto", "torch")))
@@ -178,16 +169,7 @@ def layer_call(case: Layer) -> str:
 
         return call
 
-    return agree(
-        through(ours),
-        through(stock),
-        case.inputs,
-        explicit=case.impl == "triton",
-        extra=list(ours.parameters()),
-        stock_extra=list(stock.parameters()),
-        truth_of=through(double),
-        truth_extra=list(double.parameters()),
-    )
+    return agree_modules(through, ours, stock, double, case.inputs, explicit=case.impl == "triton")
 
 
 @fuzzed(layers(("auto", "torch")))
