@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 import fastops
 from fastops.kernels.attention_problem import Problem
 from tests.test_attention import check, tensors

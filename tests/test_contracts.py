@@ -6,7 +6,11 @@ The kernels run (`impl="triton"`), in the interpreter where there is no GPU.
 import contextlib
 import copy
 import io
+import json
+import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -384,3 +388,24 @@ def test_contract(check, name, device):
     with contextlib.ExitStack() as stack:
         stack.callback(torch.use_deterministic_algorithms, False)
         check(SUBJECTS[name].make, device)
+
+
+QUICK = ["Conv2dReLU", "LSTM", "MultiheadAttention"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(QUICK, id="quick"),
+        pytest.param([n for n in MODULES if n not in QUICK], id="rest", marks=pytest.mark.slow),
+    ],
+)
+def test_ddp_and_fsdp2_on_two_processes(names):
+    """One start of two processes for many cells of the table: it is what costs."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.two_processes", *names]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout)
+    assert set(errors) == {f"{kind} {name}" for kind in ("ddp", "fsdp2") for name in names}
+    assert not any(errors.values()), "\n".join(f"{cell}: {error}" for cell, error in errors.items() if error)
