@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastops import _triton_cache
 from fastops._env import KernelUnavailable, interpreting
 
 LIBRARY = torch.library.Library("fastops", "DEF")
@@ -66,10 +67,19 @@ def define(
                     return LAUNCHERS[name]()(*args)
             return LAUNCHERS[name]()(*args)
         except Exception as error:
-            if _is_launch_failure(error):
-                reason = f"{type(error).__name__}: {_short(str(error))}"
-                raise LaunchFailed(f"fastops::{name}: {reason} (FASTOPS_IMPL=torch avoids it)") from error
-            raise
+            if not _is_launch_failure(error):
+                raise
+            failure = error
+        if _triton_cache.damaged(failure):
+            try:
+                with _triton_cache.compiling_anew(failure):
+                    return LAUNCHERS[name]()(*args)
+            except Exception as error:
+                if not _is_launch_failure(error):
+                    raise
+                failure = error
+        reason = f"{type(failure).__name__}: {_short(str(failure))}"
+        raise LaunchFailed(f"fastops::{name}: {reason} (FASTOPS_IMPL=torch avoids it)") from failure
 
     def on_cuda(*args: Any) -> Any:
         device = next(argument.device for argument in args if isinstance(argument, torch.Tensor))

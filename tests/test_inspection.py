@@ -100,6 +100,20 @@ def test_a_corrupt_cache_is_compiled_anew(tmp_path, monkeypatch):
     assert "Function : product_kernel" in compile_case(case, 80).sass
 
 
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-20], lambda _: b"", lambda whole: b"x" * len(whole)])
+def test_a_damaged_text_is_named_and_then_compiled_anew(damage, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTOPS_CACHE", str(tmp_path))
+    case = product(BM=64, BN=64, BK=32, num_warps=4)
+    first = compile_case(case, 80)
+    (text,) = tmp_path.glob("inspect/*.ptx.gz")
+    text.write_bytes(damage(text.read_bytes()))
+    with pytest.raises(ValueError, match=rf"PTX of test.product.* is damaged .*{text.name}.*inspect it again"):
+        _ = compile_case(case, 80).ptx
+    again = compile_case(case, 80)
+    assert again == first
+    assert "mma.sync" in again.ptx
+
+
 def test_where_no_cache_can_be_written_reports_live_as_long_as_the_process(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTOPS_CACHE", str(tmp_path / "file"))

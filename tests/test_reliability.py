@@ -1,5 +1,6 @@
 """What a machine does to a program: forks, caches that cannot be written or are corrupt, memory that runs out."""
 
+import json
 import os
 import subprocess
 import sys
@@ -51,6 +52,31 @@ def test_cache_folders(state, tmp_path):
         folder.mkdir()
         (folder / "CACHE").write_bytes(b"\0garbage")
     run(CALL + CHECK, TRITON_CACHE_DIR=str(folder), XDG_CACHE_HOME=str(folder))
+
+
+@pytest.fixture(scope="module")
+def compiled_caches():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-W", "ignore", "-m", "tests.triton_cache"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_damaged_entries_of_the_triton_cache_are_compiled_anew(compiled_caches):
+    damaged = {name: error for name, error in compiled_caches.items() if not name.startswith("read-only")}
+    assert len(damaged) == 10
+    assert not any(damaged.values()), damaged
+
+
+def test_a_read_only_triton_cache_is_read_and_what_is_missing_there_is_named(compiled_caches):
+    assert compiled_caches["read-only and whole"] is None
+    for state in ("empty", "damaged"):
+        message = compiled_caches[f"read-only and {state}"]
+        assert message.startswith("LaunchFailed: fastops::bias_relu_forward: PermissionError"), message
+        assert "FASTOPS_IMPL=torch avoids it" in message
 
 
 def test_a_corrupt_tuning_table_says_so_and_means_stock(tmp_path):

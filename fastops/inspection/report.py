@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -129,7 +131,18 @@ class KernelReport:
     def _text(self, kind: str) -> str:
         if self.error is not None:
             raise ValueError(f"{self.name} does not compile for sm_{self.target}: there is no {kind.upper()}")
-        return gzip.decompress(Path(f"{self.artifacts}.{kind}.gz").read_bytes()).decode()
+        path = Path(f"{self.artifacts}.{kind}.gz")
+        try:
+            content = path.read_bytes()
+            if not content:
+                raise EOFError("empty")  # to gzip an empty text
+            return gzip.decompress(content).decode()
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            with contextlib.suppress(OSError):
+                path.with_name(f"{Path(self.artifacts).name}.json").unlink()  # without it the entry counts for nothing
+            raise ValueError(
+                f"the cached {kind.upper()} of {self.name} is damaged ({path}: {error}); inspect it again"
+            ) from error
 
     def to_json(self) -> dict[str, Any]:
         """All fields but the artifacts, as json.dump takes them; `from_json` reads them back."""
