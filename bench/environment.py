@@ -32,8 +32,9 @@ def record(device: torch.device) -> dict[str, Any]:
     facts["commit"], facts["dirty"] = revision()
     facts["flags"] = {
         "cudnn.benchmark": torch.backends.cudnn.benchmark,
-        "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
-        "matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn.conv.fp32_precision": torch.backends.cudnn.conv.fp32_precision,
+        "cudnn.rnn.fp32_precision": torch.backends.cudnn.rnn.fp32_precision,
+        "matmul.fp32_precision": torch.backends.cuda.matmul.fp32_precision,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -334,9 +334,7 @@ def headline(providers: dict[str, Row]) -> tuple[str, Row | None]:
 
 def _rates(row: Row, timed: dict[str, Row], case: Case, workload: Workload, options: Options) -> None:
     limits, least = options.ceilings, 0.0
-    products = case.op in ("attention", "varlen_attention", "bert")  # cuDNN has a switch of its own, on by default
-    tf32 = torch.backends.cuda.matmul.allow_tf32 if products else torch.backends.cudnn.allow_tf32
-    peak = roof.peak_name(case.dtype, tf32)
+    peak = roof.peak_name(case.dtype, tf32_allowed(case.op))
     if limits:
         floor, bound = roof.floor_seconds(row["flops"], row["bytes"], peak, limits)
         row["floor_s"], row["bound"], row["peak"] = significant(floor), bound, f"{peak}, {limits['source']}"
@@ -353,6 +351,14 @@ def _rates(row: Row, timed: dict[str, Row], case: Case, workload: Workload, opti
         if seconds < least:
             provider["verdict"] = stats.IMPOSSIBLE
             provider["gate_reason"] = f"{seconds:.3g} s is below {least:.3g} s, what this GPU needs at its peak"
+
+
+def tf32_allowed(op: str) -> bool:
+    """Whether PyTorch may round the fp32 products of an op to TF32; cuDNN has switches of its own, on by default."""
+    if op in ("attention", "varlen_attention", "bert"):
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    cudnn = torch.backends.cudnn.rnn if op in ("rnn", "lstm_model") else torch.backends.cudnn.conv
+    return cudnn.fp32_precision == "tf32"
 
 
 def peak_bytes(step: Step) -> int:

@@ -78,3 +78,17 @@ def seed():
 @pytest.fixture
 def device():
     return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture
+def fp32_precision():
+    """`fp32_precision(backend, value)` sets the precision of torch.backends' module; it is set back afterwards."""
+    before = []
+
+    def choose(backend, value):
+        before.append((backend, backend.fp32_precision))
+        backend.fp32_precision = value
+
+    yield choose
+    for backend, value in reversed(before):
+        backend.fp32_precision = value

@@ -341,6 +341,17 @@ def test_autocast_casts_as_torch_does():
     assert q.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_precision_set_as_pytorch_2_9_has_it(precision, fp32_precision):
+    """After that the older allow_tf32 cannot be read any more."""
+    from fastops.kernels.attention_problem import Problem
+
+    fp32_precision(torch.backends.cuda.matmul, precision)
+    q, k, v = trio(1, 2)
+    torch.testing.assert_close(sdpa(q, k, v, impl="triton"), sdpa(q, k, v, impl="torch"), rtol=1e-4, atol=1e-5)
+    assert Problem(q, k, v, *[None] * 7, 5, 7, 0.25, -1, -1, 0.0, 0.0).precision == precision
+
+
 def test_flops_are_counted_as_torch_counts_its_own():
     q, k, v = trio(2, 2, grad=True)
     totals = []

@@ -196,24 +196,13 @@ def test_choice_of_form(shape, kind, tma, form):
     assert conv2d.choose_form(shape, kind, tma) == form
 
 
-@pytest.fixture
-def fp32_precision():
-    before = torch.backends.cudnn.conv.fp32_precision
-
-    def use(precision):
-        torch.backends.cudnn.conv.fp32_precision = precision
-
-    yield use
-    use(before)
-
-
 def test_precision_of_fp32_is_what_torch_allows(fp32_precision):
-    fp32_precision("ieee")
+    fp32_precision(torch.backends.cudnn.conv, "ieee")
     assert conv2d.arithmetic(torch.float32) == "ieee"
     x, w, b = tensors(1, 36, 6, 6, 8, 3, 3)
     ours = fastops.conv2d_relu(x, w, b, impl="triton")
     assert_within_rule(ours, F.relu(F.conv2d(x, w, b)), F.relu(F.conv2d(*double(x, w, b))))
-    fp32_precision("tf32")
+    fp32_precision(torch.backends.cudnn.conv, "tf32")
     assert conv2d.arithmetic(torch.float32) == "tf32"
     assert conv2d.arithmetic(torch.float16) == "16-bit"
 

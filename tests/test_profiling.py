@@ -385,6 +385,20 @@ def test_rounding_to_tf32_raises_the_ceiling_of_what_may_round():
     assert rounding.compute_ms(1e9, "aten::mm", "fp64") == 0
 
 
+def test_what_may_round_to_tf32_is_read_where_fp32_precision_was_set(fp32_precision):
+    """After that the older allow_tf32 cannot be read any more."""
+    from bench.run import tf32_allowed
+    from fastops.profiling.ceilings import data_sheet
+
+    fp32_precision(torch.backends.cuda.matmul, "tf32")
+    fp32_precision(torch.backends.cudnn.conv, "ieee")
+    fp32_precision(torch.backends.cudnn.rnn, "tf32")
+    found = data_sheet("NVIDIA GeForce RTX 3090")
+    assert (found.tf32_convolutions, found.tf32_products) == (False, True)
+    allowed = {op: tf32_allowed(op) for op in ("attention", "conv2d_relu", "rnn")}
+    assert allowed == {"attention": True, "conv2d_relu": False, "rnn": True}
+
+
 def test_ceilings_measured_by_the_benchmark_come_before_the_data_sheet(monkeypatch, tmp_path):
     from types import SimpleNamespace
 

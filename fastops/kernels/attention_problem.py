@@ -56,7 +56,8 @@ class Problem:
             self.alibi_slopes = self.alibi_slopes.float().expand(self.batch, self.heads)
             if self.alibi_slopes.stride(1) != 1:
                 self.alibi_slopes = self.alibi_slopes.contiguous()
-        self.precision = dot_precision(self.query.dtype, torch.backends.cuda.matmul.allow_tf32)
+        # not allow_tf32: reading that raises once a program has set fp32_precision
+        self.precision = dot_precision(self.query.dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
 
     @property
     def empty(self) -> bool:

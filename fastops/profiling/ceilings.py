@@ -77,12 +77,10 @@ def data_sheet(name: str) -> Ceilings | None:
 
 
 def _ceilings(name: str, source: str, tflops: Mapping[str, float], gbytes_per_second: float) -> Ceilings:
-    try:
-        convolutions = torch.backends.cudnn.allow_tf32
-        products = torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # set through fp32_precision, which PyTorch does not let one read this way
-        convolutions = products = True
-    return Ceilings(name, source, dict(tflops), float(gbytes_per_second), bool(convolutions), bool(products))
+    # not allow_tf32: reading that raises once a program has set fp32_precision
+    convolutions = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    products = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return Ceilings(name, source, dict(tflops), float(gbytes_per_second), convolutions, products)
 
 
 def cache_path() -> Path:
