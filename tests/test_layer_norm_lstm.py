@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastops
 from fastops.ops import layer_norm_lstm as ops
+from tests.conftest import GPU
 from tests.rule import assert_within_rule
 
 
@@ -67,6 +68,14 @@ def test_every_variant(impl, variant):
     check(impl, tensors, **options_for(steps, batch, hidden, *variant))
 
 
+@pytest.mark.parametrize("impl", ["small", "step"])
+def test_tensors_with_gaps(impl):
+    tensors = arguments(3, 4, 12)
+    tensors[2:5] = [torch.stack([t.detach(), t.detach() + 1], 1)[:, 0] for t in tensors[2:5]]
+    masks = {name: (torch.rand(4, 3, 12) > 0.3).transpose(0, 1) for name in ("mask_h", "mask_c")}
+    check(impl, tensors, **masks, lengths=torch.tensor([3, 0, 2, 0, 1, 0, 3, 0], dtype=torch.int32)[::2])
+
+
 def row_errors(found, truth):
     """Largest error of each batch row: of the output (T, B, H), h_n and c_n (B, H)."""
     return [(f.double() - t).abs().transpose(0, -2).flatten(1).amax(1) for f, t in zip(found, truth, strict=True)]
@@ -107,6 +116,13 @@ def test_sizes_and_dtypes(impl, steps, batch, hidden, dtype):
             assert_within_rule(*values)
         return
     check(impl, tensors)
+
+
+@pytest.mark.skipif(GPU, reason="bf16 is right on a GPU")
+@pytest.mark.parametrize("impl", ["small", "step"])
+def test_bf16_is_refused_by_the_interpreter(impl):
+    with pytest.raises(fastops.KernelUnavailable, match="bf16 products wrongly"):
+        ops.layer_norm_lstm(*arguments(2, 2, 8, torch.bfloat16), impl=impl)
 
 
 @pytest.mark.gpu

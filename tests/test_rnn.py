@@ -105,6 +105,13 @@ def test_values_and_gradients(device, impl, mode, directions, ragged, batch_firs
         assert_layer(layer, impl, lengths, batch_first)
 
 
+@pytest.mark.parametrize("impl", ["small", "step"])
+def test_lengths_with_gaps(device, impl):
+    layer = Layer("GRU", torch.float32, 3, 4, 5, 8, device=device)
+    lengths = torch.tensor([3, 0, 1, 0, 2, 0, 3, 0], dtype=torch.int32, device=device)[::2]
+    assert_layer(layer, impl, lengths)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ragged", [False, True])
 def test_persistent(device, mode, ragged):

@@ -68,6 +68,11 @@ def _sizes(gates: torch.Tensor, batch_first: bool) -> tuple[int, int, int]:
     return steps, batch, gates.shape[2] // 4
 
 
+def _dense(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """Without gaps: kernels take no strides of these."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
 def clamped(lengths: torch.Tensor | None, steps: int) -> torch.Tensor | None:
     """Lengths within 0..T, int32; the kernel notes a row out of range, and a later call raises."""
     if lengths is None or lengths.numel() == 0:
@@ -101,7 +106,8 @@ def forward(
     """Output (as gates), h_n, c_n (B, H) and, with `save`, h (T+1, B, H), c (T+1, B, H) fp32 and product (T, B, 4H)."""
     steps, batch, hidden = _sizes(gates, batch_first)
     lengths = clamped(lengths, steps)
-    gates, w_hh, h0, c0 = gates.contiguous(), w_hh.contiguous(), h0.contiguous(), c0.contiguous()
+    gates, w_hh, h0, c0, mask_h, mask_c = _dense(gates, w_hh, h0, c0, mask_h, mask_c)
+    gain, gain_c, bias_c = _dense(gain, gain_c, bias_c)
     output = gates.new_empty((*gates.shape[:2], hidden))
     saved = (steps, batch) if save else (0, 0)
     h = gates.new_empty((saved[0] + 1 if save else 0, saved[1], hidden))
@@ -171,8 +177,8 @@ def backward(
     """Gradients of gates, of the products by steps (T, B, 4H), of h0 and c0 (B, H), and (6H) fp32 of gains and bias."""
     steps, batch, hidden = _sizes(gates, batch_first)
     lengths = None if lengths is None else lengths.clamp(0, steps)
-    gates, w_hh = gates.contiguous(), w_hh.contiguous()
-    grad_output = None if grad_output is None else grad_output.contiguous()
+    gates, w_hh, grad_output, mask_h, mask_c = _dense(gates, w_hh, grad_output, mask_h, mask_c)
+    gain, gain_c, bias_c = _dense(gain, gain_c, bias_c)
     grad_gates, grad_product = gates.new_empty(gates.shape), gates.new_empty((steps, batch, 4 * hidden))
     grad_h = gates.new_zeros((batch, hidden), dtype=torch.float32)
     grad_c = gates.new_zeros((batch, hidden), dtype=torch.float32)

@@ -65,6 +65,7 @@ def forward(
     hidden = weights[1].shape[1]
     slots = SLOTS[mode]
     ragged = lengths is not None
+    lengths = None if lengths is None else lengths.contiguous()
     fresh = input.new_zeros if ragged else input.new_empty
 
     gates = input.new_empty((directions, steps * batch, slots * hidden))
@@ -163,6 +164,7 @@ def backward(
     hidden = weights[1].shape[1]
     slots = SLOTS[mode]
     ragged = lengths is not None
+    lengths = None if lengths is None else lengths.contiguous()
     if d_output.stride(-1) != 1:
         d_output = d_output.contiguous()
 

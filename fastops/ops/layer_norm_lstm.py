@@ -108,6 +108,8 @@ def why_not(gates: Tensor, hidden: int, engine: str = "triton") -> str | None:
     reason = _env.why_no_triton(gates.device)
     if reason is not None:
         return reason
+    if gates.dtype == torch.bfloat16 and _env.interpreting():
+        return "Triton's interpreter computes bf16 products wrongly"
     if engine == "persistent":
         return "each step normalises over all units of a row, so a row is never spread over programs: use small or step"
     if engine == "small":
