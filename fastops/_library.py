@@ -95,7 +95,7 @@ def define(
     if flops is not None:
         FLOP_FORMULAS[name] = flops
         if FLOP_COUNTER in sys.modules:
-            _registerFLOP_FORMULAS()
+            _register_flop_formulas()
     return getattr(torch.ops.fastops, name).default
 
 
@@ -182,7 +182,7 @@ def reference_gradients(
     return tuple(gradients)
 
 
-def _registerFLOP_FORMULAS() -> None:
+def _register_flop_formulas() -> None:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     for name, formula in FLOP_FORMULAS.items():
@@ -225,4 +225,4 @@ def after_import(name: str, action: Callable[[Any], None]) -> None:
 
 # registering a formula imports the flop counter, and with it triton: left to whoever imports it
 if FLOP_COUNTER not in sys.modules:
-    after_import(FLOP_COUNTER, lambda _: _registerFLOP_FORMULAS())
+    after_import(FLOP_COUNTER, lambda _: _register_flop_formulas())

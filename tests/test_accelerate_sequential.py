@@ -233,6 +233,9 @@ def test_filter_leaves_single_convolutions_alone(kernels):
     assert fastops.explain(model).rows[0].done is False
     model(torch.randn(1, 1, 3, 3))
     assert kernels == ["Conv2d+ReLU"]
+    with fastops.accelerated(model):
+        assert all(row.done for row in fastops.explain(model))
+    assert [row.done for row in fastops.explain(model)] == [False, True]
     fastops.accelerate(model)
     assert all(row.done for row in fastops.explain(model))
     model(torch.randn(1, 1, 3, 3))

@@ -385,3 +385,7 @@ def test_nested_tensors_go_to_stock():
     assert sdpa(q, k, v).is_nested
     with pytest.raises(RuntimeError, match="nested"):
         sdpa(q, k, v, softcap=2.0)
+    with pytest.raises(fastops.KernelUnavailable, match="nested"):
+        sdpa(q, k, v, impl="triton")
+    with pytest.raises(ValueError, match="impl must be one of"):
+        sdpa(q, k, v, impl="cuda")

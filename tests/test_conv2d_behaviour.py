@@ -276,7 +276,11 @@ def test_integers_as_torch_takes_them(impl):
     x, w, b = inputs(n=1, h=6, w=5)
     window = {"stride": np.int64(2), "padding": (np.int32(1), 1), "dilation": torch.tensor(1), "groups": np.int64(1)}
     torch.testing.assert_close(ours(x, w, b, impl, **window), stock(x, w, b, **window))
-    for pool in ({"pool_size": np.int64(2), "pool_stride": []}, {"pool_size": (2,), "pool_stride": ()}):
+    for pool in (
+        {"pool_size": np.int64(2), "pool_stride": []},
+        {"pool_size": (2,), "pool_stride": ()},
+        {"pool_size": 3, "pool_stride": np.int64(2)},
+    ):
         torch.testing.assert_close(ours(x, w, b, impl, pool), stock(x, w, b, pool))
     with pytest.raises(KernelUnavailable, match="larger than"):
         ours(x, w, b, impl, stride=2**31)

@@ -559,6 +559,7 @@ def test_paired_comparison():
     assert from_pairs([(1.0, 1.0)] * 8).verdict == "SAME"
     assert from_pairs([(1.0, 0.7), (1.0, 1.4)] * 4).verdict == "UNCLEAR"
     assert from_pairs([(1.0, 1.2)] * 8).verdict == "SLOWER"
+    assert from_pairs([(1.005, 1.0)] * 8).verdict == from_pairs([(1.0, 1.005)] * 8).verdict == "SAME"
 
 
 def test_views_move_no_bytes():

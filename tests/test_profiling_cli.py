@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.modules import module
 
+import fastops
 from fastops.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -199,10 +200,13 @@ def test_apply_measures_in_the_loop_of_the_script_and_restores_the_model(profile
     assert 0.3 < float(found[1]) < 3  # on a CPU accelerate chooses stock PyTorch
 
 
-def test_apply_leaves_the_model_as_it_was():
+@pytest.mark.parametrize("accelerated_before", [None, "rnn"])
+def test_apply_leaves_the_model_as_it_was(accelerated_before):
     from fastops.profiling import cli, profile
 
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.LSTM(6, 5))
+    if accelerated_before:
+        fastops.accelerate(model, only=accelerated_before)
     before = [type(part) for part in model.modules()], list(model.state_dict())
     x, during = torch.randn(1, 3, 8, 8), set()
 
@@ -213,7 +217,7 @@ def test_apply_leaves_the_model_as_it_was():
     profiler = profile(model)
     cli._apply(profiler, model, step)
     assert profiler.applied.rounds == 15
-    assert len(during) == 2  # stock, accelerated
+    assert len(during) == 2  # before, accelerated
     assert ([type(part) for part in model.modules()], list(model.state_dict())) == before
 
 

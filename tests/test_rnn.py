@@ -105,6 +105,15 @@ def test_values_and_gradients(device, impl, mode, directions, ragged, batch_firs
         assert_layer(layer, impl, lengths, batch_first)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_batch_too_large_for_the_grid_of_the_step_engine(device, batch_first):
+    weights = [(torch.empty(8, 4, device=device), torch.empty(8, 8, device=device), None, None)]
+    for batch, refused in ((262_140, False), (262_141, True)):
+        input = torch.empty(1, device=device).expand(*((batch, 2) if batch_first else (2, batch)), 4)
+        reason = why_not("RNN_TANH", input, None, None, weights, None, batch_first, "step")
+        assert (reason is not None) == refused
+
+
 @pytest.mark.parametrize("impl", ["small", "step"])
 def test_lengths_with_gaps(device, impl):
     layer = Layer("GRU", torch.float32, 3, 4, 5, 8, device=device)

@@ -93,7 +93,7 @@ def accelerated(
     trace: bool = False,
 ) -> Iterator[Model]:
     """`accelerate` inside a with statement: on leaving it, what it changed (and nothing else) is undone."""
-    before = {module for module in model.modules() if _changed(module)}
+    before = {module: getattr(module, "apart", ()) for module in model.modules() if _changed(module)}
     _accelerate(model, only, filter_fn, strict, trace)
     ours = [module for module in model.modules() if _changed(module) and module not in before]
     try:
@@ -102,6 +102,9 @@ def accelerated(
         for module in ours:
             swap.unswap(module)
             huggingface.switch_back(module)
+        for module, apart in before.items():
+            if getattr(module, "apart", ()) != apart:  # a Sequential of which more was taken together in between
+                module.apart = apart  # type: ignore[assignment]
 
 
 def _changed(module: nn.Module) -> bool:

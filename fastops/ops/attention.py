@@ -98,8 +98,10 @@ def scaled_dot_product_attention(
     dropout_p, scale, softcap = checks.check_numbers(name, dropout_p, scale, softcap)
     if query.is_nested:
         extras = (key_lengths, query_lengths, window, alibi_slopes)
-        if any(x is not None for x in extras) or softcap or return_lse or impl == "triton":
+        if any(x is not None for x in extras) or softcap or return_lse:
             raise RuntimeError("nested tensors take the arguments of torch alone; packed ones go to varlen_attention")
+        if _env.choose_impl(impl, IMPLS) == "triton":
+            raise _env.KernelUnavailable(f"{name}(impl='triton'): nested tensors are left to torch")
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

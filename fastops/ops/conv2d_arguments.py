@@ -136,7 +136,8 @@ def pool(
 ) -> Pool:
     """The window of a max-pool; the stride is its size where none is given."""
     size, padding = pair("pool_size", pool_size), pair("pool_padding", pool_padding)
-    stride = size if pool_stride is None or pool_stride in ((), []) else pair("pool_stride", pool_stride)
+    none = pool_stride is None or (isinstance(pool_stride, (tuple, list)) and not pool_stride)
+    stride = size if none else pair("pool_stride", pool_stride)  # type: ignore[arg-type]
     if min(size) < 1:
         raise RuntimeError(f"pool_size must be positive, got {size}")
     if min(stride) < 1:

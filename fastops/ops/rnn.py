@@ -41,6 +41,7 @@ ENGINES = ("auto", "triton", "persistent", "small", "step", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PLACES = ("cuda", "cpu")  # elsewhere stock PyTorch has an autocast of its own, or none
 IEEE_HIDDEN = 32
+MAX_STEP_BATCH = 4 * 65535  # four rows a program along the second axis of a CUDA grid
 ROWS = tuning.load("rnn")
 
 
@@ -74,7 +75,10 @@ def why_not(
         return "Triton's interpreter computes bf16 products wrongly"
     if input.numel() == 0:
         return f"the input is empty: {tuple(input.shape)}"
+    batch = input.shape[0 if batch_first else 1]
     if engine == "step":
+        if batch > MAX_STEP_BATCH:
+            return f"the step engine takes at most {MAX_STEP_BATCH} rows, got {batch}"
         return None
     hidden = weights[0][1].shape[1]
     if input.dtype == torch.float32 and hidden > IEEE_HIDDEN and input.device.type == "cuda" and not _tf32_allowed():
@@ -82,7 +86,6 @@ def why_not(
             f"fp32 without TF32 (torch.backends.cudnn.rnn.fp32_precision) needs a hidden size of at most "
             f"{IEEE_HIDDEN}, got {hidden}: the recurrent product would run without tensor cores"
         )
-    batch = input.shape[0 if batch_first else 1]
     from fastops.kernels import rnn_plan
 
     machine = rnn_plan.Machine.at(input.device)

@@ -131,14 +131,13 @@ def _check_writable(name: str, path: Path) -> None:
 
 
 def _apply(profiler: profile, model: torch.nn.Module, step: Callable[[], object]) -> None:
-    import fastops
     from fastops.profiling import script
     from fastops.profiling.paired import compare
 
     if not script.would_change([model]):
         profiler.recorder.notes.append(script.NOTHING_TO_APPLY)
         return
-    profiler.applied = compare(step, lambda on: fastops.accelerate(model) if on else fastops.restore(model))
+    profiler.applied = compare(step, script.Switch([model]))
 
 
 def _report(profiler: profile, options: argparse.Namespace, code: int) -> int:

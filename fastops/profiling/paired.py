@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from fastops.profiling.capture import synchronize
 
+LEAST_NOISE = 0.01  # no clock here tells 1 % apart for certain, however narrow its interval
+RESOLUTION = 0.03  # SAME promises that a difference, if any, is smaller than this
+
 
 @dataclass
 class Comparison:
@@ -24,12 +27,12 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """FASTER or SLOWER where the interval excludes 1, SAME where it lies within 2 % of it, else UNCLEAR."""
-        if self.low > 1.0:
+        """FASTER or SLOWER where the interval lies beyond 1 %, SAME where it lies within 3 %, else UNCLEAR."""
+        if self.low > 1 + LEAST_NOISE:
             return "FASTER"
-        if self.high < 1.0:
+        if self.high < 1 - LEAST_NOISE:
             return "SLOWER"
-        return "SAME" if self.low >= 0.98 and self.high <= 1.02 else "UNCLEAR"
+        return "SAME" if self.low > 1 - RESOLUTION and self.high < 1 + RESOLUTION else "UNCLEAR"
 
     def __str__(self) -> str:
         return (

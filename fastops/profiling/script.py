@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -88,13 +89,31 @@ def _of_the_script(error: BaseException) -> TracebackType | None:
     return trace
 
 
+class Switch:
+    """`fastops.accelerate` on models, turned on and off; off, they are what they were, accelerated in part or not."""
+
+    def __init__(self, roots: Sequence[torch.nn.Module]):
+        self.roots = roots
+        self._on = contextlib.ExitStack()
+
+    def __call__(self, on: bool) -> None:
+        """Turn it on, anew where it is on already, or off."""
+        import fastops
+
+        self._on.close()
+        if on:
+            for root in self.roots:
+                self._on.enter_context(fastops.accelerated(root))
+
+
 class Alternation:
-    """Steps after the profile, in turn stock and accelerated; the first after each change is not counted."""
+    """Steps after the profile, in turn as they were and accelerated; the first after each change is not counted."""
 
     def __init__(self, profiler: profile, rounds: int):
         self.profiler = profiler
         self.rounds = rounds
         self.times: dict[bool, list[float]] = {False: [], True: []}
+        self.switch = Switch(profiler.recorder.ranges.roots)
         self.accelerated = False
         self.fresh = True
         self.last = 0.0
@@ -103,8 +122,6 @@ class Alternation:
 
     def step(self) -> None:
         """Called at the end of every step of the script."""
-        import fastops
-
         recorder = self.profiler.recorder
         if self.last and not self.changes:
             return
@@ -118,8 +135,7 @@ class Alternation:
             self.fresh = False
         elif self.last:
             self.accelerated = not self.accelerated
-            for root in recorder.ranges.roots:
-                (fastops.accelerate if self.accelerated else fastops.restore)(root)
+            self.switch(self.accelerated)
             self.fresh = True
         self.last = time.perf_counter()
 
