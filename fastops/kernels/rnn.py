@@ -13,7 +13,8 @@ from fastops.kernels import rnn_plan, rnn_step
 from fastops.kernels._common import dot_precision, interpreted
 from fastops.kernels.rnn_backward import backward_kernel
 from fastops.kernels.rnn_forward import forward_kernel
-from fastops.kernels.rnn_plan import SLOTS, Machine, Plan
+from fastops.kernels.rnn_plan import SLOTS, SMALL_STAGES, Machine, Plan
+from fastops.kernels.rnn_small import small_forward_kernel
 
 # polls of a barrier before it is given up, more than ten seconds: nothing that can finish takes as long
 PATIENCE = 1 << 24
@@ -93,48 +94,63 @@ def forward(
         rnn_step.forward_steps(tensors, sizes, strides, steps, mode, ragged, save, math_of(input.dtype))
     else:
         plan = _plan(engine, mode, hidden, batch, directions, input, backward=False)
-        alone = interpreted() and plan.tiles > 1
-        for first, count in _launches(batch, plan):
-            counters = torch.zeros(directions * count, dtype=torch.int32, device=input.device)
-            state = h_in
-            # the interpreter runs programs one after another: where they would meet, each step is a launch of its own
-            for s_start, s_end in [(s, s + 1) for s in range(steps)] if alone else [(0, steps)]:
-                forward_kernel[(plan.tiles * count * directions,)](
-                    gates,
-                    w_hh,
-                    b_hn,
-                    state,
-                    h_n,
-                    cell,
-                    output,
-                    before,
-                    cells,
-                    lengths,
-                    counters,
-                    errors,
-                    *sizes,
-                    *strides,
-                    first,
-                    count,
-                    s_start,
-                    s_end,
-                    PATIENCE,
-                    MODE=mode,
-                    H=hidden,
-                    BLOCK_H=plan.block_h,
-                    BLOCK_B=plan.block_b,
-                    BLOCK_K=plan.block_k,
-                    RAGGED=ragged,
-                    SAVE=save,
-                    BARRIER=plan.tiles > 1 and not alone,
-                    PRECISION=_precision(input.dtype),
-                    MATH=math_of(input.dtype),
-                    **({} if interpreted() else plan.options),
-                )
-                if alone:
-                    state = h_n.clone()
+        tensors = (gates, w_hh, b_hn, h_in, h_n, cell, output, before, cells, lengths, errors)
+        kind = {"MODE": mode, "H": hidden, "RAGGED": ragged, "SAVE": save, "MATH": math_of(input.dtype)}
+        kind["PRECISION"] = _precision(input.dtype)
+        if plan.tiles == 1:
+            _forward_alone(plan, tensors, sizes, strides, kind)
+        else:
+            _forward_together(plan, tensors, sizes, strides, kind)
     c_n = cell.to(input.dtype) if mode == "LSTM" else input.new_empty(0)
     return output, h_n, c_n, gates if save and slots == 4 else input.new_empty(0), before, cells
+
+
+def _forward_alone(plan: Plan, tensors: tuple, sizes: tuple, strides: tuple, kind: dict) -> None:
+    """One program a batch tile."""
+    small_forward_kernel[(-(-sizes[1] // plan.block_b), tensors[1].shape[0])](
+        *tensors,
+        *sizes,
+        *strides,
+        BLOCK_H=plan.block_h,
+        BLOCK_B=plan.block_b,
+        STAGES=SMALL_STAGES,
+        **kind,
+        **({} if interpreted() else plan.options),
+    )
+
+
+def _forward_together(plan: Plan, tensors: tuple, sizes: tuple, strides: tuple, kind: dict) -> None:
+    """Several programs a batch tile, which meet once a step."""
+    *given, lengths, errors = tensors
+    w_hh, h_in, h_n = given[1], given[3], given[4]
+    directions = w_hh.shape[0]
+    # the interpreter runs programs one after another: where they would meet, each step is a launch of its own
+    windows = [(s, s + 1) for s in range(sizes[0])] if interpreted() else [(0, sizes[0])]
+    for first, count in _launches(sizes[1], plan):
+        counters = torch.zeros(directions * count, dtype=torch.int32, device=w_hh.device)
+        given[3] = h_in
+        for s_start, s_end in windows:
+            forward_kernel[(plan.tiles * count * directions,)](
+                *given,
+                lengths,
+                counters,
+                errors,
+                *sizes,
+                *strides,
+                first,
+                count,
+                s_start,
+                s_end,
+                PATIENCE,
+                BLOCK_H=plan.block_h,
+                BLOCK_B=plan.block_b,
+                BLOCK_K=plan.block_k,
+                BARRIER=not interpreted(),
+                **kind,
+                **({} if interpreted() else plan.options),
+            )
+            if interpreted():
+                given[3] = h_n.clone()
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""Forward pass of a recurrent layer: all time steps and all directions in one launch.
+"""Forward pass of a recurrent layer over several programs a batch tile: all time steps and directions in one launch.
 
 A program owns BLOCK_B rows of the batch and BLOCK_H hidden units, keeps its slice of W_hh on chip, and every step
 computes `sums[slots * BLOCK_H, BLOCK_B] = W_slice @ h^T` (transposed, so that the tensor core's long side is gate rows
-and its short side is the batch). With one program per batch tile h never leaves the chip. With several they exchange h
-through the output tensor and meet at one counter per batch tile, which only ever grows; all of them must be resident.
+and its short side is the batch). The programs of a batch tile exchange h through the output tensor and meet at one
+counter, which only ever grows; all of them must be resident.
 
 Bytes per step and program: reads BLOCK_B * H of h (from L2) and slots * BLOCK_H * BLOCK_B of the input product, writes
 BLOCK_H * BLOCK_B of h, and with SAVE the slots, c and the state before the step. W_hh is read once per launch.
@@ -56,7 +56,6 @@ def forward_kernel(
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     SLOTS: tl.constexpr = 4 if MODE == "LSTM" or MODE == "GRU" else 1
     GATES: tl.constexpr = 3 if MODE == "GRU" else SLOTS
-    ON_CHIP: tl.constexpr = TILES == 1
 
     pid = tl.program_id(0)
     direction, tile_b, unit, unit_real, row, row64 = place(pid, first_tile, batch_tiles, B, H, BLOCK_H, BLOCK_B)
@@ -118,12 +117,9 @@ def forward_kernel(
         x0, x1, x2, x3 = _load_slots(g_ptrs, readable, bias, MODE, H)
         if SAVE:
             tl.store(before_ptrs, h_state, mask=running)
-        if ON_CHIP:
-            chunks = (h_state,)
-        else:
-            if BARRIER:
-                patience = wait(counter_ptr, (s - s_start) * TILES, patience)
-            chunks = _load_state(h_rows, s < length, RAGGED, H, BLOCK_K, CHUNKS)
+        if BARRIER:
+            patience = wait(counter_ptr, (s - s_start) * TILES, patience)
+        chunks = _load_state(h_rows, s < length, RAGGED, H, BLOCK_K, CHUNKS)
         sums = tl.dot(weights[0], chunks[0], input_precision=PRECISION)
         for chunk in tl.static_range(1, CHUNKS):
             sums = tl.dot(weights[chunk], chunks[chunk], sums, input_precision=PRECISION)

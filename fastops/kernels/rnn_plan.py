@@ -14,6 +14,7 @@ from fastops import _env
 SLOTS = {"LSTM": 4, "GRU": 4, "RNN_TANH": 1, "RNN_RELU": 1}
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 SMALL_HIDDEN = 128
+SMALL_STAGES = 2  # the input product of the next step is on its way during a step
 PERSISTENT_HIDDEN = 1024
 
 # bytes a block may use, by compute capability, and multiprocessors to plan with where there is no GPU to ask
@@ -58,17 +59,20 @@ class Plan:
     num_warps: int
     split: int = 1  # parts of the inner dimension, backward
     group: int = 1  # pieces of the gradients on their way to one product, backward
+    alone: bool = False  # planned to have a multiprocessor to itself
 
     @property
     def options(self) -> dict[str, int | bool]:
         """What Triton is told beyond the sizes.
 
-        Programs that meet at a barrier have a multiprocessor each. The assembler does not know, and would rather spill
-        than use more than half of its registers.
+        The assembler does not know when a program has a multiprocessor to itself, and would rather spill than use more
+        than half of its registers.
         """
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": 1}
+        if self.alone:
+            options["maxnreg"] = 65536 // (32 * self.num_warps) - 1
         if self.tiles > 1:
-            options |= {"launch_cooperative_grid": True, "maxnreg": 65536 // (32 * self.num_warps) - 1}
+            options["launch_cooperative_grid"] = True
         return options
 
 
@@ -88,15 +92,17 @@ def small(mode: str, hidden: int, itemsize: int, machine: Machine, backward: boo
         )
     side = power_of_two(hidden)
     held = (GATES if backward else SLOTS)[mode]
-    exchanged = 16 * held * side * (itemsize if backward else 4)
+    # backward: gradients on their way to the product; forward: the input products of so many steps
+    exchanged = 16 * held * side * itemsize * (1 if backward else SMALL_STAGES)
     needed = itemsize * held * side * side + exchanged
     if needed > machine.shared_bytes - (4096 if backward else 0):
         return (
             f"W_hh of hidden size {hidden} needs {needed} bytes of shared memory, sm_{machine.target} has "
             f"{machine.shared_bytes} a block"
         )
-    warps = 4 if side <= 32 else 16 if side > 64 and SLOTS[mode] > 1 and not backward else 8
-    return Plan(side, 16, side, 1, 1 << 30, warps)
+    # forward: a warp for every 8 units has all slots of a unit in one thread
+    warps = (4 if side <= 32 else 8) if backward else side // 8
+    return Plan(side, 16, side, 1, 1 << 30, warps, alone=not backward and side >= 64)
 
 
 def persistent(
@@ -142,7 +148,7 @@ def _forward_plans(mode: str, hidden: int, directions: int, itemsize: int, machi
         padded = -(-hidden // block_k) * block_k
         fits = machine.multiprocessors // (tiles * directions)
         needed = itemsize * padded * (64 + block_b) + 2048
-        yield Plan(block_h, block_b, block_k, tiles, fits, warps), needed
+        yield Plan(block_h, block_b, block_k, tiles, fits, warps, alone=True), needed
 
 
 def _backward_plans(mode: str, hidden: int, directions: int, itemsize: int, machine: Machine):
@@ -172,4 +178,4 @@ def _backward_plans(mode: str, hidden: int, directions: int, itemsize: int, mach
             needed = slice_bytes + group * piece_bytes + 2048
             if needed <= machine.shared_bytes:
                 break
-        yield Plan(block_h, block_b, block_k, tiles, fits, warps, split=warps, group=group), needed
+        yield Plan(block_h, block_b, block_k, tiles, fits, warps, split=warps, group=group, alone=tiles > 1), needed

@@ -6,7 +6,8 @@ from fastops.kernels import rnn_step
 from fastops.kernels._static import StaticCase
 from fastops.kernels.rnn_backward import backward_kernel
 from fastops.kernels.rnn_forward import forward_kernel
-from fastops.kernels.rnn_plan import Machine, Plan, persistent, small
+from fastops.kernels.rnn_plan import SMALL_STAGES, Machine, Plan, persistent, small
+from fastops.kernels.rnn_small import small_forward_kernel
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 MATH = {"fp16": "fast", "bf16": "approx", "fp32": "exact"}
@@ -79,7 +80,11 @@ def forward_case(
     """One forward launch."""
     constexprs = _constexprs(plan, mode, hidden, dtype, ragged) | {"SAVE": save}
     words = ",".join(word for word, there in (("save", save), ("ragged", ragged)) if there)
-    return _case(forward_kernel, "forward", plan, constexprs, mode, hidden, batch, directions, dtype, words, target)
+    kernel, name = forward_kernel, "forward"
+    if plan.tiles == 1:
+        kernel, name = small_forward_kernel, "small_forward"
+        constexprs = {k: v for k, v in constexprs.items() if k not in ("BLOCK_K", "BARRIER")} | {"STAGES": SMALL_STAGES}
+    return _case(kernel, name, plan, constexprs, mode, hidden, batch, directions, dtype, words, target)
 
 
 def backward_case(
