@@ -254,6 +254,31 @@ def test_targets_keep_to_where_a_kernel_is_launched(monkeypatch, capsys):
     assert [(one["target"], one["launched"]) for one in json.loads(out)["kernels"]] == [(80, False)]
 
 
+def test_without_a_name_the_main_configurations_are_shown_and_all_on_request(monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(
+        "fastops.inspection.cli._compile", lambda cases, *_: shown.append([c.name for c in cases]) or []
+    )
+    library = catalog.library_cases()
+    main(["inspect", "-t", "sm_90"])
+    assert f"{len(shown[0])} main configurations of {len(library)}" in capsys.readouterr().out
+    main(["inspect", "-t", "sm_90", "--all"])
+    assert "main configurations" not in capsys.readouterr().out
+    assert 0 < len(shown[0]) < len(library) / 3
+    assert shown[1] == [case.name for case in library]
+
+
+def test_the_main_configurations_hold_every_kernel_on_each_of_its_targets():
+    library = catalog.library_cases()
+    for pattern in catalog.MAIN:
+        assert any(catalog._matches(case.name, pattern) for case in library), pattern
+
+    def kernels(cases):
+        return {(id(case.kernel), target) for case in cases for target in case.targets if target in (80, 90)}
+
+    assert kernels(catalog.main_cases(library)) == kernels(library)
+
+
 def test_an_interrupted_command_and_a_shape_of_no_op(monkeypatch, capsys):
     for words in (["attention", "conv2d"], []):
         assert main(["inspect", *words, "--shape", "1,2,64,64"]) == 2

@@ -20,6 +20,26 @@ from fastops.inspection import _source
 from fastops.inspection.compile import InspectionError, dtype_of, parameters_of, triton_version
 from fastops.kernels._static import StaticCase
 
+# what `fastops inspect` shows when no kernel is named: each kernel in the forms that most calls run
+MAIN = (
+    "attention.*[*,fp16,dense,descriptors]",
+    "attention.*[*,fp16,lengths,descriptors]",
+    "attention.*[*,fp16,causal,descriptors]",
+    "attention.*[*,fp16,lengths,pointers,sm_80]",
+    "attention.*[256,fp16,padded,dropout,pointers,sm_80]",
+    "attention.bias[64,*",
+    "conv2d.*,fp16]",
+    "epilogue.*[channels_last,fp16]",
+    "layer_norm_lstm.small_*[H64,fp16]",
+    "layer_norm_lstm.step_*[H512,fp16]",
+    "rnn.*[LSTM,H512,D1,fp16,*",
+    "rnn.*[GRU,H512,D1,fp16,*",
+    "rnn.small_*[LSTM,H64,*",
+    "rnn.backward[LSTM,H64,*",
+    "rnn.step_*[LSTM,*",
+    "rnn_cell.*",
+)
+
 
 def library_cases() -> list[StaticCase]:
     """Every shipped kernel configuration, in the order of modules and their lists.
@@ -46,6 +66,11 @@ def library_cases() -> list[StaticCase]:
     if twice := sorted({name for (name, _), count in names.items() if count > 1}):
         raise InspectionError(f"two static cases have the same name and target: {', '.join(twice)}")
     return cases
+
+
+def main_cases(cases: Sequence[StaticCase]) -> list[StaticCase]:
+    """Those of the cases that MAIN names."""
+    return [case for case in cases if any(_matches(case.name, pattern) for pattern in MAIN)]
 
 
 def select(cases: Sequence[StaticCase], patterns: Iterable[str], dtype: str | None = None) -> list[StaticCase]:

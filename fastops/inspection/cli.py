@@ -19,7 +19,8 @@ from fastops.kernels._static import StaticCase
 
 EXAMPLES = """
 examples:
-  fastops inspect                                     every kernel the library ships
+  fastops inspect                                     every kernel the library ships, in its main configurations
+  fastops inspect --all --target sm_90                all configurations
   fastops inspect attention --target "RTX 3090"       does it fit that card, and why not
   fastops inspect attention --shape 4,16,4096,256 --target "RTX 3090"    what it launches there for that shape
   fastops inspect conv2d --target sm_90 --sass        the machine code
@@ -39,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-t", "--target", metavar="LIST", help='e.g. sm_80,sm_90 or "RTX 3090,H100"; default: all it is launched on')
     add("--dtype", help="only kernels on this element type, e.g. fp16")
     add("--shape", metavar="SHAPE", help='what an op would launch for this shape, e.g. "B=4,H=16,S=4096,D=256"')
-    add("--list", action="store_true", help="name the configurations and compile nothing")
+    add("--all", action="store_true", help="where no KERNEL is named: all configurations, not only the main ones")
+    add("--list", action="store_true", help="name all configurations and compile nothing")
     own = parser.add_argument_group("a kernel of your own")
     own.add_argument("--signature", metavar="TYPES", help='of the arguments that are not constexpr: "*fp16,i32:16"')
     own.add_argument("--constexpr", action="append", default=[], metavar="NAME=VALUE", help="may be repeated")
@@ -97,10 +99,14 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"{case.name}  {' '.join(f'sm_{target}' for target in case.targets)}  {case.sample}".rstrip())
         return 0
     console = _console()
+    notes = []
+    if whole_library and not (arguments.all or arguments.check or arguments.update):
+        total, cases = len(cases), catalog.main_cases(cases)
+        notes.append(f"{len(cases)} main configurations of {total}; --all for the others, or name a KERNEL.")
     assessments = _compile(cases, targets, arguments.jobs)
     if arguments.check or arguments.update:
         return _gate(arguments, assessments, whole_library, targets is None, console)
-    return _show(arguments, assessments, console, [])
+    return _show(arguments, assessments, console, notes)
 
 
 def _run_shape(arguments: argparse.Namespace, targets: list[Target] | None) -> int:
