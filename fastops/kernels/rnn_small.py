@@ -1,7 +1,7 @@
 """Forward pass of a small recurrent layer (H <= 128): all of W_hh on chip, all time steps in one launch, no barrier.
 
 A program owns BLOCK_B rows of the batch in one direction. Every step computes
-`sums[BLOCK_B, slots * BLOCK_H] = x_slots + h @ W_hh^T`. The batch is the short side of the tensor core's product, so that
+`sums[BLOCK_B, slots * BLOCK_H] = x_slots + h @ W_hh^T`. The batch is the short side of the product, so that
 all slots of a unit lie in one thread (a warp for every 8 units) and what comes out of the product goes into the
 pointwise part without passing through shared memory. The input product of the next step is fetched a whole step ahead:
 STAGES is the depth of that pipeline, 2.
