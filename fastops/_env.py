@@ -68,6 +68,14 @@ def why_no_triton(device: torch.device) -> str | None:
     return None
 
 
+def shown_gpu() -> tuple[str, tuple[int, int]]:
+    """Name and compute capability of the GPU that explanations are about: this machine's, else an H100."""
+    if torch.cuda.is_available() and why_no_triton(torch.device("cuda")) is None:
+        index = torch.cuda.current_device()
+        return device_name(index), capability(index)
+    return "NVIDIA H100 80GB HBM3", (9, 0)
+
+
 def choose_impl(impl: str, allowed: tuple[str, ...]) -> str:
     """The engine to use: `impl` itself, or for "auto" what FASTOPS_IMPL says, where the op has that engine."""
     if impl not in allowed:

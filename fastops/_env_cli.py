@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 
+import torch
+
 from fastops import _env
 
 
@@ -46,10 +48,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def engine_choices() -> list[dict[str, str]]:
-    """What "auto" picks on this machine for one typical case an op."""
+    """What "auto" picks on this machine for typical cases of every op."""
     from fastops import ops
 
-    return [choice for module in ops.modules() for choice in module.explain_auto()]
+    choices = [choice for module in ops.modules() for choice in module.explain_auto()]
+    reason: str | None = "no GPU here"
+    if torch.cuda.is_available():
+        reason = _env.why_no_triton(torch.device("cuda"))
+    if reason is None:
+        return choices
+    return [
+        {**choice, "engine": "torch", "why": f"{reason}; on an H100: {choice['engine']}, {choice['why']}"}
+        for choice in choices
+    ]
 
 
 def import_milliseconds() -> float:

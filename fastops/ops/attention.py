@@ -476,10 +476,10 @@ _EXAMPLES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def explain_auto() -> list[dict[str, str]]:
-    """What "auto" does with typical calls on an H100, and why."""
-    rows = []
-    for example, given in _EXAMPLES:
-        usual = {"head_dim": 64, "q_len": 512, "dtype": torch.bfloat16, "sm": 90, "options": Options(0.125)}
-        row = tuning.choose(_TABLE, facts(**{**usual, **given}))
-        rows.append({"op": "attention", "example": example, "engine": row.engine, "why": f"{row.why} ({row.mark})"})
-    return rows
+    """What "auto" runs for typical calls, for `fastops env`."""
+    _, (major, minor) = _env.shown_gpu()
+    usual = {"head_dim": 64, "q_len": 512, "dtype": torch.bfloat16, "sm": 10 * major + minor, "options": Options(0.125)}
+    return [
+        tuning.explained("attention", example, tuning.choose(_TABLE, facts(**{**usual, **given})))
+        for example, given in _EXAMPLES
+    ]

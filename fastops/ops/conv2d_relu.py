@@ -314,25 +314,19 @@ def conv2d_relu_max_pool2d(
 
 
 def explain_auto() -> list[dict[str, str]]:
-    """What "auto" runs here for a layer of AlexNet in training at batch 256, for `fastops env`."""
+    """What "auto" runs for a layer of AlexNet in training at batch 256, for `fastops env`."""
     examples = {
-        "conv1 of AlexNet, fp16, channels_last": (torch.float16, 3, 64, 55, False),
-        "conv1 of AlexNet with its max-pool, fp16": (torch.float16, 3, 64, 55, True),
-        "conv4 of AlexNet, fp32": (torch.float32, 384, 256, 13, False),
+        "conv1 of AlexNet, fp16, channels_last": ("float16", 3, 64, 55, False),
+        "conv1 of AlexNet with its max-pool, fp16": ("float16", 3, 64, 55, True),
+        "conv4 of AlexNet, fp32": ("float32", 384, 256, 13, False),
     }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu, _ = _env.shown_gpu()
     choices = []
     for example, (dtype, channels, maps, width, pool) in examples.items():
-        if device.type == "cpu":
-            row = tuning.Row("torch", "", "tensors on the CPU run stock PyTorch", ())
-        else:
-            facts = {
-                **device_facts(torch.empty(0, dtype=dtype, device=device), "forward"),
-                **{"compiling": False, "pool": pool, "bias": True, "groups": 1, "channels": channels},
-                "maps": 256 * maps * width * width,
-            }
-            row = tuning.choose(TABLE, facts)
+        facts = {
+            **{"pass": "forward", "device": "cuda", "gpu": gpu, "dtype": dtype, "compiling": False},
+            **{"pool": pool, "bias": True, "groups": 1, "channels": channels, "maps": 256 * maps * width * width},
+        }
         op = "conv2d_relu_max_pool2d" if pool else "conv2d_relu"
-        why = f"{row.why} ({row.mark})" if row.mark else row.why
-        choices.append({"op": op, "example": example, "engine": row.engine, "why": why})
+        choices.append(tuning.explained(op, example, tuning.choose(TABLE, facts)))
     return choices

@@ -364,6 +364,8 @@ def layer_norm_lstm(
 
 def explain_auto() -> list[dict[str, str]]:
     """What "auto" runs for typical calls, for `fastops env`."""
-    cases = (("H=64 fp16", True), ("H=512 fp16", False))
-    rows = [(text, tuning.choose(ROWS, {"small": small, "step": True})) for text, small in cases]
-    return [{"op": "layer_norm_lstm", "example": text, "engine": row.engine, "why": row.why} for text, row in rows]
+    common = {"step": True, "dtype": "float16", "gpu": _env.shown_gpu()[0]}
+    return [
+        tuning.explained("layer_norm_lstm", f"H={hidden} fp16", tuning.choose(ROWS, {**common, **facts}))
+        for hidden, facts in ((64, {"hidden": 64, "small": True}), (512, {"hidden": 512, "small": False}))
+    ]

@@ -406,8 +406,9 @@ def _from_table(mode: str, input: Tensor, weights: Sequence[Weights], lengths: T
 
 
 def explain_auto() -> list[dict[str, str]]:
-    """What "auto" runs for typical calls on an H100, for `fastops env`."""
-    common = {"capability": 90, "gpu": "NVIDIA H100 80GB HBM3", "directions": 1, "ragged": False, "steps": 128}
+    """What "auto" runs for typical calls, for `fastops env`."""
+    gpu, (major, minor) = _env.shown_gpu()
+    common = {"capability": 10 * major + minor, "gpu": gpu, "directions": 1, "ragged": False, "steps": 128}
     examples: list[tuple[str, dict[str, Any]]] = [
         ("LSTM bf16 H=512 B=64", {"dtype": "bfloat16", "hidden": 512, "input_size": 512, "batch": 64}),
         ("LSTM fp16 H=512 B=64", {"dtype": "float16", "hidden": 512, "input_size": 512, "batch": 64}),
@@ -421,7 +422,4 @@ def explain_auto() -> list[dict[str, str]]:
         ("LSTM fp16 H=2048 B=64", {"dtype": "float16", "hidden": 2048, "input_size": 2048, "batch": 64}),
     ]
     rows = [(name, tuning.choose(ROWS, {"mode": "LSTM"} | common | facts)) for name, facts in examples]
-    return [
-        {"op": "recurrent_layer", "example": name, "engine": row.engine, "why": f"{row.why} ({row.mark})"}
-        for name, row in rows
-    ]
+    return [tuning.explained("recurrent_layer", name, row) for name, row in rows]

@@ -434,5 +434,5 @@ def rnn_relu_cell(
 
 def explain_auto() -> list[dict[str, str]]:
     """What "auto" runs for a typical step, for `fastops env`."""
-    row = tuning.choose(ROWS, {})
-    return [{"op": "lstm_cell", "example": "B=64 H=512 fp16", "engine": row.engine, "why": row.why}]
+    facts = {"dtype": "float16", "gpu": _env.shown_gpu()[0]}
+    return [tuning.explained("lstm_cell", "B=64 H=512 fp16", tuning.choose(ROWS, facts))]

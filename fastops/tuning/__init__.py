@@ -64,6 +64,11 @@ def load(op: str, folder: Path | None = None) -> tuple[Row, ...]:
         return ()
 
 
+def explained(op: str, example: str, row: Row) -> dict[str, str]:
+    """One line of `fastops env`: what a row says of an example."""
+    return {"op": op, "example": example, "engine": row.engine, "why": f"{row.why} ({row.mark})"}
+
+
 def choose(rows: tuple[Row, ...], facts: dict[str, Any]) -> Row:
     """The first row that matches; stock PyTorch where none does."""
     for row in rows:
