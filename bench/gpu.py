@@ -1,8 +1,8 @@
 """`make gpu`: the GPU tests, then the GPU suite, most valuable first, inside a hard time budget.
 
 Everything goes to $OUT (default bench-results/) as it is measured, in at most eight files; with RESUME=1, rows that are
-there already are kept. Each stage is a process of
-its own with its own deadline: a hang, a crash or a kill costs that stage's rest and nothing else.
+there already are kept. Each stage is a process of its own with its own deadline: a hang, a crash or a kill costs that
+stage's rest and nothing else.
 """
 
 from __future__ import annotations

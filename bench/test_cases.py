@@ -30,18 +30,7 @@ def test_arm(benchmark: Any, case: Case, arm: str, row: dict[str, Any]) -> None:
         benchmark.pedantic(lambda: None)
         return
     samples = iter(provider["samples_s"])
-    for key in (
-        "role",
-        "how",
-        "vs_best",
-        "verdict",
-        "tflops",
-        "gbps",
-        "ceiling_pct",
-        "peak_bytes",
-        "launches",
-        "cold_s",
-    ):
+    for key in EXTRA:
         if provider.get(key) is not None:
             benchmark.extra_info[key] = provider[key]
     benchmark.extra_info |= {"clock": row["clock"], "noise": row.get("noise"), "shape": row["shape"]}

@@ -11,8 +11,6 @@ Krizhevsky 2014, One weird trick for parallelizing convolutional neural networks
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
 from torch import nn
 
@@ -49,39 +47,3 @@ class AlexNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         maps = self.avgpool(self.features(images))
         return self.classifier(torch.flatten(maps, 1))
-
-
-def fused(model: AlexNet, impl: str = "auto") -> AlexNet:
-    """The same network with fastops layers in `features`, sharing parameters, state_dict keys and training mode.
-
-    A ReLU or pool that joins the convolution before it leaves an nn.Identity, so that indices and keys stay.
-    """
-    import fastops
-
-    network = AlexNet.__new__(AlexNet)
-    nn.Module.__init__(network)
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    rest = list(model.features.named_children())
-    while rest:
-        name, layer = rest.pop(0)
-        layers[name] = layer
-        if not isinstance(layer, nn.Conv2d):
-            continue
-        layers[rest.pop(0)[0]] = nn.Identity()  # the ReLU
-        options: dict[str, object] = {"impl": impl}
-        kind: type[nn.Conv2d] = fastops.nn.Conv2dReLU
-        if rest and isinstance(rest[0][1], nn.MaxPool2d):
-            name_of_pool, joined = rest.pop(0)
-            layers[name_of_pool] = nn.Identity()
-            kind = fastops.nn.Conv2dReLUMaxPool2d
-            options |= {"pool_size": joined.kernel_size, "pool_stride": joined.stride, "pool_padding": joined.padding}
-        # on no device: its own parameters are replaced at once
-        fast = kind(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-            bias=layer.bias is not None, device="meta", **options,
-        )  # fmt: skip
-        fast.weight, fast.bias = layer.weight, layer.bias
-        layers[name] = fast
-    network.features = nn.Sequential(layers)
-    network.avgpool, network.classifier = model.avgpool, model.classifier
-    return network.train(model.training)

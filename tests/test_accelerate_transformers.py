@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -106,3 +107,15 @@ def test_saved_weights_do_not_carry_the_name(tmp_path):
     model = fastops.accelerate(bert())
     model.save_pretrained(tmp_path)
     assert transformers.BertModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_a_transformers_that_is_too_old_leaves_the_model_as_it_is(monkeypatch):
+    model = bert()
+    before = model.config._attn_implementation
+    monkeypatch.delitem(sys.modules, "fastops.integrations.transformers", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers.masking_utils", None)
+    (row,) = (row for row in fastops.explain(model) if row.path == "")
+    assert row.becomes is None
+    assert "needs transformers >= 5.17" in row.reason
+    fastops.accelerate(model)
+    assert model.config._attn_implementation == before

@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import fastops
-from models.alexnet import AlexNet, fused
+from models.alexnet import AlexNet
 
 
 def small(model):
@@ -63,34 +65,34 @@ def test_the_network_is_the_one_described():
     assert sizes == [(55, 55), (27, 27), (13, 13), (6, 6)]
 
 
-def test_the_fused_network_has_the_same_state():
+def test_accelerate_takes_every_convolution_with_its_relu_and_pool():
     model = AlexNet(num_classes=7).eval()
-    fast = fused(model)
-    assert list(fast.state_dict()) == list(model.state_dict())
-    assert [id(p) for p in fast.parameters()] == [id(p) for p in model.parameters()]
-    assert len(fast.features) == len(model.features)
-    assert not fast.training
-    fast.load_state_dict(AlexNet(num_classes=7).state_dict())
-    kinds = [type(layer) for layer in fast.features if not isinstance(layer, nn.Identity)]
-    with_pool, alone = fastops.nn.Conv2dReLUMaxPool2d, fastops.nn.Conv2dReLU
-    assert kinds == [with_pool, with_pool, alone, alone, with_pool, alone, alone, with_pool]
+    state, parameters = list(model.state_dict()), [id(p) for p in model.parameters()]
     images = torch.randn(1, 3, 127, 127)
     with torch.no_grad():
-        torch.testing.assert_close(fast(images), model.eval()(images))
+        expected = model(images)
+        torch.testing.assert_close(fastops.accelerate(model)(images), expected)
+    assert list(model.state_dict()) == state
+    assert [id(p) for p in model.parameters()] == parameters
+    with_pool, alone = "Conv2d + ReLU + MaxPool2d", "Conv2d + ReLU"
+    kinds = [row.kind for row in fastops.explain(model)]
+    assert kinds == [with_pool, with_pool, alone, alone, with_pool, alone, alone, with_pool]
 
 
 # the hybrid's convolution is stock PyTorch's, its one kernel runs in "triton" too
 @pytest.mark.parametrize("impl", ["triton", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_features_train_alike_on_every_engine(impl):
     model = small(AlexNet())
-    fast = fused(model, impl)
+    fast = fastops.accelerate(copy.deepcopy(model))
+    fast.features.impl = impl
     images = torch.randn(1, 3, 127, 127)
     expected = model.features(images)
     found = fast.features(images)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     grad = torch.randn_like(expected)
-    parameters = list(model.features.parameters())
     for mine, theirs in zip(
-        torch.autograd.grad(found, parameters, grad), torch.autograd.grad(expected, parameters, grad), strict=True
+        torch.autograd.grad(found, list(fast.features.parameters()), grad),
+        torch.autograd.grad(expected, list(model.features.parameters()), grad),
+        strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from models import train as command
-from models.training import checkpoint, presets, tasks
+from models.training import checkpoint, compare, presets, tasks
 from models.training.distributed import Processes
 from models.training.loop import Stop, Trainer
 from models.training.options import OptionError, Options
@@ -334,6 +334,15 @@ class TestAccelerated:
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert command.main([*arguments, "--compare", "--limit", "8"]) == 1
         assert "too few for a ratio" in capsys.readouterr().err
+
+    def test_compare_counts_the_samples_of_short_rounds(self, table):
+        options = tasks.settle(Options("transformer", preset="tiny", data="table", root=str(table), batch=10))
+        arm = compare.Arm(options, tasks.build(options), CPU)
+        arm.trainer.start_epoch()
+        for count in (3, 2):
+            arm.steps(count)
+        assert len(arm.trainer.task.train) == 48
+        assert arm.samples == [30, 18]
 
 
 class TestCommandLine:

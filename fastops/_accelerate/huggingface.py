@@ -20,9 +20,11 @@ def is_pretrained(module: nn.Module) -> bool:
 
 def why_not(module: Any) -> str | None:
     """Why a model's attention stays what it is, or None."""
+    try:
+        _register()
+    except ImportError as error:  # transformers is too old for it
+        return str(error)
     current = module.config._attn_implementation
-    if not _has_integration():
-        return "this fastops has no integration with transformers"
     if current not in REPLACED:
         return f"its attention was chosen to be {current!r}; fastops replaces {' and '.join(map(repr, REPLACED))}"
     if getattr(module.config, "output_attentions", False):
@@ -34,8 +36,7 @@ def why_not(module: Any) -> str | None:
 
 def switch(module: Any) -> None:
     """Set the attention of a model, and of the models inside it, to ours; note what it was on the module."""
-    import fastops.integrations.transformers  # noqa: F401  (registers the name)
-
+    _register()
     module.__dict__[WAS] = [(config, config._attn_implementation) for config in _configs(module)]
     module.set_attn_implementation(OURS)
 
@@ -66,7 +67,5 @@ def _configs(module: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _has_integration() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("fastops.integrations.transformers") is not None
+def _register() -> None:
+    import fastops.integrations.transformers  # noqa: F401  (registers the name)

@@ -27,7 +27,6 @@ ROWS = tuple(
         ("attention", ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer")),
     )
     for name in names
-    if hasattr(fastops.nn, name)
 )
 
 

@@ -7,7 +7,6 @@ that made the modules' outputs. The pauses of the GPU are in these times.
 from __future__ import annotations
 
 import itertools
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -83,11 +82,6 @@ class EventClock:
     def _note(self, path: str, backward: bool) -> None:
         if self._on:
             self._marks.append((self._now(), path, backward))
-
-
-def host_clock() -> EventClock:
-    """The same on the host's clock, for work that is done when its call returns."""
-    return EventClock(time.perf_counter, lambda first, second: 1e3 * (second - first))
 
 
 def _record_event() -> Any:

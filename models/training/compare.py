@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 import statistics
 import time
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastops.profiling.paired import from_pairs
 from models.training import checkpoint, plots, tasks
 from models.training.distributed import Processes
 from models.training.loop import Trainer
@@ -19,7 +19,6 @@ from models.training.options import OptionError, Options
 from models.training.run import choose_device
 
 ROUND = 5  # steps of one arm before the other has its turn
-RESAMPLES = 2000
 
 
 class Arm:
@@ -29,17 +28,20 @@ class Arm:
         self.trainer = Trainer(options, task, Processes(), device)
         self.random = checkpoint.random_state()
         self.seconds: list[float] = []  # of each round
+        self.samples: list[int] = []  # likewise
         self.scores: dict[str, float] = {}
 
     def steps(self, count: int) -> None:
         """So many steps, timed together."""
         checkpoint.set_random_state(self.random)
-        self.trainer.start_clock()
-        before = self.trainer.progress.seconds
+        trainer = self.trainer
+        trainer.start_clock()
+        before, first = trainer.progress.seconds, trainer.progress.position
         for _ in range(count):
-            self.trainer.step()
-        self.trainer.read_losses()
-        self.seconds.append(self.trainer.progress.seconds - before)
+            trainer.step()
+        trainer.read_losses()
+        self.seconds.append(trainer.progress.seconds - before)
+        self.samples.append(min((first + count) * trainer.batch, len(trainer.task.train)) - first * trainer.batch)
         self.random = checkpoint.random_state()
 
 
@@ -97,7 +99,7 @@ def conclude(arms: list[Arm], options: Options, device: torch.device, console: C
     if len(settled) < 2:
         raise OptionError(f"{len(rounds)} rounds of {ROUND} steps are too few for a ratio: more --epochs or --limit")
     ratios = [theirs / mine for theirs, mine in settled]
-    middle, low, high = interval(ratios, options.seed)
+    found = from_pairs(settled, seed=options.seed)
     task = ours.trainer.task
     metric = task.metric
     table = Table(title=f"{task.name}, {device}, amp {options.amp}, batch {options.batch}", title_justify="left")
@@ -105,14 +107,15 @@ def conclude(arms: list[Arm], options: Options, device: torch.device, console: C
         table.add_column(heading, justify="left" if not heading else "right")
     for name, arm in (("stock PyTorch", stock), ("fastops.accelerate", ours)):
         losses = arm.trainer.progress.losses
-        rate = statistics.median(ROUND * arm.trainer.batch / seconds for seconds in arm.seconds[1:])
+        rates = [samples / seconds for samples, seconds in zip(arm.samples, arm.seconds, strict=True)]
+        rate = statistics.median(rates[1:])
         score = f"{arm.scores[f'test_{metric}']:.4f}" if arm.scores else "-"
         table.add_row(name, f"{rate:,.1f}", f"{statistics.fmean(losses[-ROUND:]):.4f}", score)
     console.print(table)
     pairs = zip(stock.trainer.progress.losses, ours.trainer.progress.losses, strict=False)
     difference = max(abs(theirs - mine) for theirs, mine in pairs)
-    summary = f"{middle:.3f} x (95 %: {low:.3f} to {high:.3f})"
-    console.print(f"throughput, accelerated / stock: {summary}, median of {len(ratios)} rounds of {ROUND} steps")
+    summary = f"{found.ratio:.3f} x (95 %: {found.low:.3f} to {found.high:.3f})"
+    console.print(f"throughput, accelerated / stock: {summary}, median of {found.rounds} rounds of up to {ROUND} steps")
     console.print(f"largest difference between the two loss curves: {difference:.3g}")
     if device.type == "cpu":
         console.print('on a CPU impl="auto" runs stock PyTorch kernels: a ratio near 1 is what there is to see')
@@ -121,10 +124,3 @@ def conclude(arms: list[Arm], options: Options, device: torch.device, console: C
         plots.comparison(task.name, *losses, ratios, summary, options.plot)
         console.print(f"picture in {options.plot}")
     return 0
-
-
-def interval(ratios: list[float], seed: int) -> tuple[float, float, float]:
-    """Median of paired ratios with its 95 % bootstrap interval."""
-    chance = random.Random(seed)
-    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
-    return statistics.median(ratios), medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES) - 1]

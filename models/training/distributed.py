@@ -48,14 +48,6 @@ class Processes:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return int(shared)
 
-    def from_first(self, value: Any) -> Any:
-        """The first process's value, on every process."""
-        if self.world == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, in the order of the ranks."""
         if self.world == 1:
