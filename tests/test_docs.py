@@ -1,9 +1,12 @@
-"""Every Python block of the README and the docs runs, and every link inside them leads somewhere."""
+"""Every Python block of the README and the docs runs, every link leads somewhere, tables hold what they are of."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from bench import results, table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,3 +36,48 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+COLUMNS = {
+    "shared bytes": "shared_bytes",
+    "registers": "registers",
+    "main loop": "loop",
+    "tensor-core instructions in it": "loop_tensor_operations",
+}
+
+
+def static_rows():
+    """Rows of tables that begin with the name of a compiled configuration; figures without another target are sm_90's."""
+    for page in PAGES:
+        header = []
+        for line in page.read_text(encoding="utf-8").splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+            if cells and re.fullmatch(r"`[a-z0-9_]+\.[a-z0-9_]+\[[^`]+\]`", cells[0]):
+                name = cells[0].strip("`")
+                yield pytest.param(name, dict(zip(header, cells, strict=True)), id=f"{page.name}-{name}")
+            elif cells and not set("".join(cells)) <= set("-: "):
+                header = cells
+
+
+@pytest.mark.parametrize(("name", "row"), list(static_rows()))
+def test_static_figures_are_those_of_the_snapshot(name, row):
+    snapshot = json.loads((ROOT / "tests" / "static" / "triton-3.7.1.json").read_text(encoding="utf-8"))["kernels"]
+    target = re.search(r"sm_\d+", name)
+    figures = snapshot[name][target.group() if target else "sm_90"]
+    shown = {heading: row[heading] for heading in COLUMNS if heading in row}
+    assert shown == {heading: f"{figures[COLUMNS[heading]]:,}" for heading in shown}
+    assert shown
+
+
+def test_times_in_the_readme_are_those_of_the_committed_file():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    document = results.read(max((ROOT / "bench" / "results" / "cpu").glob("*.json")))
+    assert f"commit {document['env']['commit'][:7]}" in text
+    wanted = []
+    for row in document["rows"]:
+        versus, providers = row["vs_best"], row["providers"]
+        times = [table.time(providers[versus[which]]["median_s"]) for which in ("best", "arm")]
+        ratio = f"{versus['ratio']:.3f}x [{versus['lo']:.3f}, {versus['hi']:.3f}]"
+        wanted.append(f"{row['mode']} | {times[0]} | {times[1]} | {ratio} | {row['verdict']} |")
+    shown = [line.partition("| ")[2].partition("| ")[2] for line in text.splitlines() if re.search(r"x \[\d", line)]
+    assert sorted(shown) == sorted(wanted)
