@@ -48,6 +48,25 @@ def test_broadcast_batches_and_heads(impl):
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("sizes", [((), (3,), (3,)), ((), (3,), ()), ((), (), (3,)), ((), (2, 1), (3,))])
+def test_what_has_no_heads_broadcasts_over_those_of_others(sizes, impl):
+    q, k, v = (torch.randn(*size, length, 16) for size, length in zip(sizes, (5, 7, 7), strict=True))
+    out, lse = sdpa(q, k, v, return_lse=True, impl=impl)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=1e-4, atol=1e-5)
+    want = (q @ k.mT / 4).logsumexp(-1).expand(out.shape[:-1])
+    torch.testing.assert_close(lse, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+@pytest.mark.parametrize("value", [-1e9, 1e5])
+def test_a_single_precision_mask_is_not_rounded_to_half(value, impl):
+    q, k, v = trio(2, 3, dtype=torch.float16)
+    mask = torch.full((5, 7), value)
+    want = F.scaled_dot_product_attention(q, k, v, mask)
+    torch.testing.assert_close(sdpa(q, k, v, mask, impl=impl), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_keys_and_values_of_different_head_counts(impl):
     q, k, v = trio(1, 6, grad=True)
     k, v = k.detach()[:, :2].requires_grad_(), v.detach()[:, :3].requires_grad_()
@@ -115,11 +134,12 @@ def test_two_dimensional_lengths_follow_the_leading_dimensions():
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0), (2, 0, 5, 7)], ids=str)
+@pytest.mark.parametrize("gqa", [False, True], ids=["", "gqa"])
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_empty(sizes, impl):
+def test_empty(sizes, gqa, impl):
     B, H, Sq, Sk = sizes
     q, k, v = trio(B, H, Sq=Sq, Sk=Sk, grad=True)
-    out, lse = sdpa(q, k, v, impl=impl, return_lse=True)
+    out, lse = sdpa(q, k, v, enable_gqa=gqa, impl=impl, return_lse=True)
     assert out.shape == (B, H, Sq, 16)
     assert (out == 0).all()
     assert (lse == -math.inf).all()
@@ -150,6 +170,9 @@ SAME_ERROR = {
     "gqa without heads": lambda f: f(*trio(), enable_gqa=True),
     "scale of many": lambda f: f(*trio(2, 3), scale=torch.ones(2)),
     "nan dropout": lambda f: f(*trio(2, 3), dropout_p=math.nan),
+    "number for a causal flag": lambda f: f(*trio(2, 3), is_causal=1),
+    "tensor for a causal flag": lambda f: f(*trio(2, 3), is_causal=torch.tensor(True)),
+    "number for a gqa flag": lambda f: f(*trio(2, 4), enable_gqa=1),
 }
 
 

@@ -96,6 +96,7 @@ def scaled_dot_product_attention(
     tensors |= {"query_lengths": query_lengths, "alibi_slopes": alibi_slopes}
     checks.check_tensors(name, tensors, ("attn_mask", "key_lengths", "query_lengths", "alibi_slopes"))
     dropout_p, scale, softcap = checks.check_numbers(name, dropout_p, scale, softcap)
+    checks.check_flags(name, {"is_causal": is_causal, "enable_gqa": enable_gqa})
     if query.is_nested:
         extras = (key_lengths, query_lengths, window, alibi_slopes)
         if any(x is not None for x in extras) or softcap or return_lse:
@@ -129,7 +130,8 @@ def scaled_dot_product_attention(
         )
         if query.dim() == key.dim() == value.dim() == 2:
             out, lse = out.reshape(out.shape[-2:]), None if lse is None else lse.reshape(-1)
-        return (out, lse) if return_lse else out
+        # a value may have leading dimensions that query and key have not
+        return (out, lse.expand(out.shape[:-1])) if return_lse and lse is not None else out
 
     def by_kernels() -> Any:
         batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
@@ -152,7 +154,7 @@ def scaled_dot_product_attention(
             options.dropout_p,
             auto,
         )
-        out = out.reshape(shape) if query.dim() > 2 or batch else out.reshape(shape[-2:])
+        out = out.reshape(shape[-2:] if query.dim() == key.dim() == value.dim() == 2 else shape)
         if return_lse:
             return out, lse.reshape(out.shape[:-1])
         return out
@@ -217,6 +219,7 @@ def varlen_attention(
     tensors = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     checks.check_tensors(name, tensors | {"alibi_slopes": alibi_slopes}, ("alibi_slopes",))
     dropout_p, scale, softcap = checks.check_numbers(name, dropout_p, scale, softcap)
+    checks.check_flags(name, {"is_causal": is_causal})
     left, right = checks.bounds(window, is_causal)
     query, key, value, _ = _autocast(query, key, value, None)
     checks.check_packed(query, key, value, cu_seqlens_q, cu_seqlens_k)

@@ -20,6 +20,13 @@ def check_tensors(function: str, tensors: dict[str, Any], optional: tuple[str, .
             raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(tensor).__name__}")
 
 
+def check_flags(function: str, flags: dict[str, Any]) -> None:
+    """TypeError for anything that is not a bool: torch takes no other number for one."""
+    for name, flag in flags.items():
+        if not isinstance(flag, (bool, torch.SymBool)):
+            raise TypeError(f"{function}(): argument '{name}' must be bool, not {type(flag).__name__}")
+
+
 def check_numbers(function: str, dropout_p: Any, scale: Any, softcap: Any) -> tuple[Any, Any, Any]:
     """The scalar arguments, of right type and range; as in torch a bool or a tensor of no dimensions is a number."""
     found = []
@@ -107,7 +114,7 @@ def check_dense(
             raise IndexError(f"enable_gqa needs query, key and value with heads (..., H, S, D), but got {shapes}")
         heads = query.shape[-3]
         for name, tensor in (("key", key), ("value", value)):
-            if tensor.shape[-3] == 0 or heads % tensor.shape[-3]:
+            if heads % tensor.shape[-3] if tensor.shape[-3] else heads:
                 raise RuntimeError(
                     f"Number of heads in {name} must divide the number of heads in query, but got {shapes}"
                 )

@@ -223,7 +223,7 @@ def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options, is_causal: bool, enable_gqa: bool
 ) -> Tensor:
     if mask is not None:
-        if mask.dtype != torch.bool:
+        if mask.dtype != torch.bool and query.device.type != "cpu":
             # cuDNN reads an fp32 mask beside fp16 queries as fp16 bits in some releases
             mask = mask.to(query.dtype)
         if mask.dim() < 2:
