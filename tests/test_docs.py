@@ -47,7 +47,7 @@ COLUMNS = {
 
 
 def static_rows():
-    """Rows of tables that begin with the name of a compiled configuration; figures without another target are sm_90's."""
+    """Rows of tables that begin with the name of a compiled configuration."""
     for page in PAGES:
         header = []
         for line in page.read_text(encoding="utf-8").splitlines():
