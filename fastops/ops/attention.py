@@ -81,9 +81,9 @@ def scaled_dot_product_attention(
         KernelUnavailable: impl="triton" where it cannot run; the message says why.
     """
     name = "scaled_dot_product_attention"
-    added = (attn_mask, query_lengths, window, alibi_slopes)
-    plain = impl == "auto" and not (softcap or return_lse) and all(argument is None for argument in added)
-    if plain and _stock_on_cpu(query, key, value):  # nothing to decide, and on small tensors the checks cost time
+    plain = attn_mask is None and query_lengths is None and window is None and alibi_slopes is None
+    # nothing to decide, and on small tensors the checks cost time
+    if plain and impl == "auto" and not (softcap or return_lse) and _stock_on_cpu(query, key, value):
         if key_lengths is None:
             return F.scaled_dot_product_attention(
                 query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -164,10 +164,11 @@ def scaled_dot_product_attention(
 
 def _stock_on_cpu(*tensors: Any) -> bool:
     """Whether "auto" is stock PyTorch whatever the shapes: plain CPU tensors with at least one key."""
-    if not all(isinstance(t, Tensor) and t.device.type == "cpu" and not t.is_nested for t in tensors):
-        return False
-    if not all(t.dim() >= 3 and t.shape[-2] and t.shape[-3] for t in tensors):  # 0 heads of enable_gqa crash torch
-        return False
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or not tensor.is_cpu or tensor.is_nested or tensor.dim() < 3:
+            return False
+        if not (tensor.size(-2) and tensor.size(-3)):  # 0 heads of enable_gqa crash torch
+            return False
     return _env.choose_impl("auto", IMPLS) != "triton"
 
 

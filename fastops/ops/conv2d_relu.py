@@ -294,6 +294,8 @@ def conv2d_relu_max_pool2d(
         KernelUnavailable: the engine asked for cannot run this call; the message says why.
     """
     pooling = (pool_size, pool_stride, pool_padding)
+    if _env.nothing_to_choose(impl, input):
+        return reference(input, weight, bias, stride, padding, dilation, groups, pooling)
     call = _prepare("conv2d_relu_max_pool2d", impl, input, weight, bias, stride, padding, dilation, groups, pooling)
 
     def stock() -> Tensor:
