@@ -34,7 +34,7 @@ CONTRACT = "tests/test_attention_contract.py"
 TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fastops/tuning/__init__.py": ((), (DISPATCH,)),
     "fastops/_env.py": (("interpreting", "index_of", "why_no_triton", "choose_impl"), (DISPATCH,)),
-    "fastops/_library.py": ((), (DISPATCH, "tests/test_launch_failure.py")),
+    "fastops/_library.py": ((), (DISPATCH, "tests/test_launch_failure.py", "tests/test_launch_failure_compiled.py")),
     "fastops/ops/attention_checks.py": (
         (),
         (

@@ -27,6 +27,8 @@ FLOP_FORMULAS: dict[str, Callable[..., int]] = {}
 FAKES: dict[str, Callable[..., Any]] = {}  # what allocates an op's results, by op
 # op name -> function that imports and returns its launcher; `fastops inspect --shape` runs launchers on fake tensors
 LAUNCHERS: dict[str, Callable[[], Callable[..., Any]]] = {}
+# overload of an op -> the one that goes on with stock PyTorch where its kernel cannot be launched
+OR_STOCK: dict[Any, Any] = {}
 # op -> why its kernels could not be compiled or launched; "auto" takes stock PyTorch for it from then on
 BROKEN: dict[str, str] = {}
 # Triton's interpreter replaces parts of triton.language while it runs a kernel, for all threads
@@ -38,7 +40,12 @@ class LaunchFailed(KernelUnavailable):
 
 
 def define(
-    name: str, schema: str, launch: str, fake: Callable[..., Any], flops: Callable[..., int] | None = None
+    name: str,
+    schema: str,
+    launch: str,
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+    stock: tuple[str, Callable[..., Any]] | None = None,
 ) -> Any:
     """Register `fastops::name` and return its overload, to be bound once at module level.
 
@@ -50,6 +57,8 @@ def define(
         fake: allocates outputs exactly as the launcher does, with `new_empty` of the same sizes and strides.
         flops: formula for `torch.utils.flop_counter`: takes the op's arguments with shapes in place of tensors, and
             `out_shape=`; returns the operations, counting a multiply-add as two.
+        stock: the name under which `or_stock` knows the op, and the op in plain torch: takes its arguments, returns its
+            results in any layout, None for what is only read by a kernel that then does not run. See `for_graph`.
     """
     module, _, function = launch.partition(":")
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -89,14 +98,57 @@ def define(
             return launch_here(*args)
 
     LAUNCHERS[name], FAKES[name] = launcher, fake
-    LIBRARY.impl(name, launch_here, "CPU")
-    LIBRARY.impl(name, on_cuda, "CUDA")
-    torch.library.register_fake(f"fastops::{name}", fake, lib=LIBRARY)
+    overloads: dict[str, Sequence[Callable[..., Any]]] = {name: (launch_here, on_cuda)}
+    if stock is not None:
+        LIBRARY.define(f"{name}.or_stock{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        overloads[f"{name}.or_stock"] = [_going_on(*stock, each, fake) for each in overloads[name]]
+    for overload, (on_cpu, on_gpu) in overloads.items():
+        LIBRARY.impl(overload, on_cpu, "CPU")
+        LIBRARY.impl(overload, on_gpu, "CUDA")
+        torch.library.register_fake(f"fastops::{overload}", fake, lib=LIBRARY)
     if flops is not None:
         FLOP_FORMULAS[name] = flops
         if FLOP_COUNTER in sys.modules:
             _register_flop_formulas()
-    return getattr(torch.ops.fastops, name).default
+    packet = getattr(torch.ops.fastops, name)
+    if stock is not None:
+        OR_STOCK[packet.default] = packet.or_stock
+    return packet.default
+
+
+def _going_on(
+    op: str, stock: Callable[..., Any], kernel: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    def launch_or_stock(*args: Any) -> Any:
+        if op not in BROKEN:
+            try:
+                return kernel(*args)
+            except LaunchFailed as error:
+                _remember(op, str(error))
+        results, found = fake(*args), stock(*args)
+        for place, value in zip(_each(results), _each(found), strict=True):
+            if value is not None:
+                assert place.shape == value.shape, (op, place.shape, value.shape)
+                place.copy_(value)
+            elif place.is_floating_point():
+                place.fill_(torch.nan)
+        return results
+
+    return launch_or_stock
+
+
+def _each(results: Any) -> Sequence[Any]:
+    return (results,) if isinstance(results, torch.Tensor) else results
+
+
+def for_graph(op: Any, auto: bool) -> Any:
+    """The overload of a registered op to call: under "auto" in torch.compile, the one that goes on with stock PyTorch.
+
+    Eager code goes on by `or_stock`, whose other choice is the fastest way through PyTorch. In a compiled graph nothing
+    is left to choose when a kernel fails, so it goes on with the op in plain torch, for this call: the next one finds
+    the op in BROKEN and is compiled again. An overload, because an argument more costs each eager call 0.3 us.
+    """
+    return OR_STOCK[op] if auto and torch.compiler.is_compiling() else op
 
 
 def _is_launch_failure(error: Exception) -> bool:
@@ -125,8 +177,8 @@ def _short(text: str) -> str:
 def or_stock(op: str, auto: bool, kernel: Callable[[], Any], stock: Callable[[], Any]) -> Any:
     """`kernel()`, or under "auto" `stock()` where Triton cannot compile or launch it: one warning, and then for good.
 
-    Without "auto" the failure is raised, a KernelUnavailable. So it is inside torch.compile, where the kernels run
-    later than this; a graph compiled before a failure outside of it is compiled again, with stock PyTorch.
+    Without "auto" the failure is raised, a KernelUnavailable. Inside torch.compile the kernels run later than this, and
+    go on by themselves, see `for_graph`; a graph compiled before a failure is compiled again, with stock PyTorch.
     """
     if not auto or torch.compiler.is_compiling():
         return kernel()
@@ -180,6 +232,17 @@ def reference_gradients(
     for index, gradient in zip(wanted, found, strict=True):
         gradients[index] = gradient
     return tuple(gradients)
+
+
+def gradients_alone(
+    reference: Callable[..., Any],
+    inputs: Sequence[torch.Tensor | None],
+    needed: Sequence[bool],
+    grad_outputs: torch.Tensor | Sequence[torch.Tensor | None],
+) -> tuple[torch.Tensor | None, ...]:
+    """`reference_gradients`, once, of inputs that no graph leads to, as a registered op receives them."""
+    leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+    return reference_gradients(reference, leaves, needed, grad_outputs, again=False)
 
 
 def _register_flop_formulas() -> None:

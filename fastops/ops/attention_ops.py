@@ -69,103 +69,6 @@ def _backward_flops(grad_out: Any, grad_lse: Any, out: Any, lse: Any, mask_grad:
     return _forward_flops(*arguments) * 5 // 2
 
 
-forward_op = _library.define(
-    "attention_forward",
-    f"({SHARED}) -> (Tensor, Tensor)",
-    f"{LAUNCHERS}:forward",
-    _forward_fake,
-    _forward_flops,
-)
-backward_op = _library.define(
-    "attention_backward",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool mask_grad, {SHARED})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    f"{LAUNCHERS}:backward",
-    _backward_fake,
-    _backward_flops,
-)
-
-
-class Attention(torch.autograd.Function):
-    """Output and LSE by the kernels; takes the arguments of the registered op."""
-
-    generate_vmap_rule = True  # one launch for each element
-
-    @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        key_lengths: Tensor | None,
-        query_lengths: Tensor | None,
-        alibi_slopes: Tensor | None,
-        cu_q: Tensor | None,
-        cu_k: Tensor | None,
-        seed: Tensor | None,
-        max_q: int,
-        max_k: int,
-        scale: float,
-        left: int,
-        right: int,
-        softcap: float,
-        dropout_p: float,
-        auto: bool,
-    ) -> Any:
-        # spelled out: torch.compile without gradients takes the first of *arguments for a context
-        return forward_op(
-            query,
-            key,
-            value,
-            attn_mask,
-            key_lengths,
-            query_lengths,
-            alibi_slopes,
-            cu_q,
-            cu_k,
-            seed,
-            max_q,
-            max_k,
-            scale,
-            left,
-            right,
-            softcap,
-            dropout_p,
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:10], *output)
-        ctx.numbers, ctx.auto = inputs[10:17], inputs[17]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        *inputs, out, lse = ctx.saved_tensors
-        nothing = (None,) * (7 + len(ctx.numbers))
-        if grad_out is None and grad_lse is None:
-            return (None, None, None, None, *nothing)
-
-        def stock(again: bool = False) -> Any:
-            return _library.reference_gradients(
-                lambda *trio: _reference(*trio, *inputs[4:], *ctx.numbers),
-                inputs[:4],
-                ctx.needs_input_grad[:4],
-                (grad_out, grad_lse),
-                again,
-            )
-
-        def kernels() -> Any:
-            mask_grad = ctx.needs_input_grad[3]
-            known = torch.zeros_like(out) if grad_out is None else grad_out
-            dq, dk, dv, dmask = backward_op(known, grad_lse, out, lse, mask_grad, *inputs, *ctx.numbers)
-            return dq, dk, dv, dmask if mask_grad else None
-
-        if _library.differentiable_again():
-            return (*stock(again=True), *nothing)
-        return (*_library.or_stock("attention", ctx.auto, kernels, stock), *nothing)
-
-
 def _reference(
     query: Tensor,
     key: Tensor,
@@ -213,3 +116,123 @@ def _reference(
     out, lse = packed(query, key, value, cu_q, cu_k, options, alibi_slopes=alibi_slopes, keeps=keeps, exact=True)
     assert lse is not None
     return out, lse
+
+
+def _stock_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    mask_grad: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor | None, ...]:
+    return _library.gradients_alone(
+        lambda *four: _reference(*four, *arguments),
+        (query, key, value, attn_mask),
+        (True, True, True, mask_grad),
+        (grad_out, grad_lse),
+    )
+
+
+forward_op = _library.define(
+    "attention_forward",
+    f"({SHARED}) -> (Tensor, Tensor)",
+    f"{LAUNCHERS}:forward",
+    _forward_fake,
+    _forward_flops,
+    ("attention", _reference),
+)
+backward_op = _library.define(
+    "attention_backward",
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool mask_grad, {SHARED})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{LAUNCHERS}:backward",
+    _backward_fake,
+    _backward_flops,
+    ("attention", _stock_backward),
+)
+
+
+class Attention(torch.autograd.Function):
+    """Output and LSE by the kernels; takes the arguments of the registered op."""
+
+    generate_vmap_rule = True  # one launch for each element
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_lengths: Tensor | None,
+        query_lengths: Tensor | None,
+        alibi_slopes: Tensor | None,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        seed: Tensor | None,
+        max_q: int,
+        max_k: int,
+        scale: float,
+        left: int,
+        right: int,
+        softcap: float,
+        dropout_p: float,
+        auto: bool,
+    ) -> Any:
+        # spelled out: torch.compile without gradients takes the first of *arguments for a context
+        return _library.for_graph(forward_op, auto)(
+            query,
+            key,
+            value,
+            attn_mask,
+            key_lengths,
+            query_lengths,
+            alibi_slopes,
+            cu_q,
+            cu_k,
+            seed,
+            max_q,
+            max_k,
+            scale,
+            left,
+            right,
+            softcap,
+            dropout_p,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:10], *output)
+        ctx.numbers, ctx.auto = inputs[10:17], inputs[17]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        *inputs, out, lse = ctx.saved_tensors
+        nothing = (None,) * (7 + len(ctx.numbers))
+        if grad_out is None and grad_lse is None:
+            return (None, None, None, None, *nothing)
+
+        def stock(again: bool = False) -> Any:
+            return _library.reference_gradients(
+                lambda *trio: _reference(*trio, *inputs[4:], *ctx.numbers),
+                inputs[:4],
+                ctx.needs_input_grad[:4],
+                (grad_out, grad_lse),
+                again,
+            )
+
+        def kernels() -> Any:
+            mask_grad = ctx.needs_input_grad[3]
+            known = torch.zeros_like(out) if grad_out is None else grad_out
+            launch = _library.for_graph(backward_op, ctx.auto)
+            dq, dk, dv, dmask = launch(known, grad_lse, out, lse, mask_grad, *inputs, *ctx.numbers)
+            return dq, dk, dv, dmask if mask_grad else None
+
+        if _library.differentiable_again():
+            return (*stock(again=True), *nothing)
+        return (*_library.or_stock("attention", ctx.auto, kernels, stock), *nothing)

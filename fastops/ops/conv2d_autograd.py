@@ -26,21 +26,24 @@ def device_facts(tensor: Tensor, direction: str) -> dict[str, Any]:
 
 
 def _convolution(
-    engine: str, input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int
+    engine: str, input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int, auto: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution, and the bias that is still to be added: "triton" has added it, and ReLU, already."""
     if engine == "triton":
-        return ops.conv2d_relu_forward(input, weight, bias, window.stride, window.padding, window.dilation), None
+        launch = _library.for_graph(ops.conv2d_relu_forward, auto)
+        return launch(input, weight, bias, window.stride, window.padding, window.dilation), None
     maps = torch.ops.aten.convolution.default(
         input, weight, None, window.stride, window.padding, window.dilation, False, (0, 0), groups
     )
     return maps, bias
 
 
-def relu_maps(engine: str, input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
+def relu_maps(
+    engine: str, input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int, auto: bool
+) -> Tensor:
     """relu(conv2d + bias) by an engine of fastops, without autograd."""
-    maps, bias = _convolution(engine, input, weight, bias, window, groups)
-    return maps if engine == "triton" else ops.bias_relu_forward(maps, bias)
+    maps, bias = _convolution(engine, input, weight, bias, window, groups, auto)
+    return maps if engine == "triton" else _library.for_graph(ops.bias_relu_forward, auto)(maps, bias)
 
 
 def pooled_maps(
@@ -52,14 +55,15 @@ def pooled_maps(
     groups: int,
     pool: Pool,
     want_codes: bool,
+    auto: bool,
 ) -> tuple[Tensor, Tensor]:
     """Pooled maps and, for backward, the position of each maximum, one byte each; without autograd."""
-    maps, bias = _convolution(engine, input, weight, bias, window, groups)
-    return ops.bias_relu_pool_forward(maps, bias, *pool, want_codes)
+    maps, bias = _convolution(engine, input, weight, bias, window, groups, auto)
+    return _library.for_graph(ops.bias_relu_pool_forward, auto)(maps, bias, *pool, want_codes)
 
 
 def _convolution_gradients(
-    grad: Tensor, input: Tensor, weight: Tensor, window: Window, groups: int, needs: Sequence[bool]
+    grad: Tensor, input: Tensor, weight: Tensor, window: Window, groups: int, needs: Sequence[bool], auto: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of input and weight, each by the engine that the tuning table names for it."""
     found: list[Tensor | None] = [None, None]
@@ -71,9 +75,10 @@ def _convolution_gradients(
         if row.engine != "triton" or groups != 1 or _env.why_no_triton(grad.device) is not None:
             stock[index] = True
         elif direction == "input_grad":
-            found[0] = ops.conv2d_input_grad(grad, weight, input.shape[2:], *window[:3])
+            found[0] = _library.for_graph(ops.conv2d_input_grad, auto)(grad, weight, input.shape[2:], *window[:3])
         else:
-            found[1] = ops.conv2d_weight_grad(input, grad, weight.shape[2:], *window[:3])
+            launch = _library.for_graph(ops.conv2d_weight_grad, auto)
+            found[1] = launch(input, grad, weight.shape[2:], *window[:3])
     if any(stock):
         by_torch = torch.ops.aten.convolution_backward.default(
             grad, input, weight, None, window.stride, window.padding, window.dilation, False, (0, 0), groups, stock
@@ -102,7 +107,7 @@ class Conv2dReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Any, weight: Any, bias: Any, window: Window, groups: int, engine: str, auto: bool) -> Tensor:
-        return relu_maps(engine, input, weight, bias, window, groups)
+        return relu_maps(engine, input, weight, bias, window, groups, auto)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -118,8 +123,8 @@ class Conv2dReLU(torch.autograd.Function):
             return _reference_gradients(ctx.window, ctx.groups, None, (input, weight, bias), needs, grad, again)
 
         def kernels() -> tuple[Any, ...]:
-            maps_grad, bias_grad = ops.bias_relu_backward(grad, output, needs[2])
-            gradients = _convolution_gradients(maps_grad, input, weight, ctx.window, ctx.groups, needs)
+            maps_grad, bias_grad = _library.for_graph(ops.bias_relu_backward, ctx.auto)(grad, output, needs[2])
+            gradients = _convolution_gradients(maps_grad, input, weight, ctx.window, ctx.groups, needs, ctx.auto)
             return *gradients, bias_grad if needs[2] else None
 
         if _library.differentiable_again():
@@ -136,7 +141,7 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
     def forward(
         input: Any, weight: Any, bias: Any, window: Window, groups: int, pool: Pool, engine: str, auto: bool
     ) -> tuple[Tensor, Tensor]:
-        return pooled_maps(engine, input, weight, bias, window, groups, pool, want_codes=True)
+        return pooled_maps(engine, input, weight, bias, window, groups, pool, True, auto)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -154,8 +159,9 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
 
         def kernels() -> tuple[Any, ...]:
             size = arguments.conv_size(input, weight, ctx.window._replace(extra=(0, 0)))
-            maps_grad, bias_grad = ops.bias_relu_pool_backward(grad, codes, size, *ctx.pool, needs[2])
-            gradients = _convolution_gradients(maps_grad, input, weight, ctx.window, ctx.groups, needs)
+            launch = _library.for_graph(ops.bias_relu_pool_backward, ctx.auto)
+            maps_grad, bias_grad = launch(grad, codes, size, *ctx.pool, needs[2])
+            gradients = _convolution_gradients(maps_grad, input, weight, ctx.window, ctx.groups, needs, ctx.auto)
             return *gradients, bias_grad if needs[2] else None
 
         if _library.differentiable_again():

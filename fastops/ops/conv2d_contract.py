@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastops import _library
 from fastops.kernels.conv2d_layout import memory_format, new_maps, output_size
+from fastops.ops import conv2d_stock as stock
 
 WINDOW = "int[] stride, int[] padding, int[] dilation"
 POOL = "int[] pool_size, int[] pool_stride, int[] pool_padding"
@@ -43,6 +44,7 @@ conv2d_relu_forward = _library.define(
     "fastops.kernels.conv2d:forward",
     _fake_forward,
     lambda input, weight, *_, out_shape=None, **__: _flops(out_shape, weight),
+    stock=("conv2d_relu", stock.forward),
 )
 
 
@@ -56,6 +58,7 @@ conv2d_input_grad = _library.define(
     "fastops.kernels.conv2d_backward:input_grad",
     _fake_input_grad,
     lambda grad, weight, *_, **__: _flops(grad, weight),
+    stock=("conv2d_relu", stock.input_grad),
 )
 
 
@@ -70,6 +73,7 @@ conv2d_weight_grad = _library.define(
     "fastops.kernels.conv2d_backward:weight_grad",
     _fake_weight_grad,
     lambda input, grad, *_, out_shape=None, **__: _flops(grad, out_shape),
+    stock=("conv2d_relu", stock.weight_grad),
 )
 
 
@@ -82,6 +86,7 @@ bias_relu_forward = _library.define(
     "(Tensor input, Tensor? bias) -> Tensor",
     "fastops.kernels.epilogue:bias_relu",
     _fake_bias_relu,
+    stock=("conv2d_relu", stock.bias_relu),
 )
 
 
@@ -98,6 +103,7 @@ bias_relu_backward = _library.define(
     "(Tensor grad, Tensor output, bool want_bias) -> (Tensor, Tensor)",
     "fastops.kernels.epilogue:bias_relu_backward",
     _fake_bias_relu_backward,
+    stock=("conv2d_relu", stock.bias_relu_backward),
 )
 
 
@@ -121,6 +127,7 @@ bias_relu_pool_forward = _library.define(
     f"(Tensor input, Tensor? bias, {POOL}, bool want_codes) -> (Tensor, Tensor)",
     "fastops.kernels.epilogue:bias_relu_pool",
     _fake_pool,
+    stock=("conv2d_relu", stock.bias_relu_pool),
 )
 
 
@@ -142,4 +149,5 @@ bias_relu_pool_backward = _library.define(
     f"(Tensor grad, Tensor codes, SymInt[] size, {POOL}, bool want_bias) -> (Tensor, Tensor)",
     "fastops.kernels.epilogue:bias_relu_pool_backward",
     _fake_pool_backward,
+    stock=("conv2d_relu", stock.bias_relu_pool_backward),
 )

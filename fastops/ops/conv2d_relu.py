@@ -251,7 +251,7 @@ def conv2d_relu(
         if _wants_grad(*tensors):
             output = Conv2dReLU.apply(*tensors, call.window, call.groups, call.engine, call.auto)
         else:
-            output = relu_maps(call.engine, *tensors, call.window, call.groups)
+            output = relu_maps(call.engine, *tensors, call.window, call.groups, call.auto)
         return output if input.dim() == 4 else output.squeeze(0)
 
     return stock() if call is None else _library.or_stock("conv2d_relu", call.auto, kernels, stock)
@@ -309,7 +309,7 @@ def conv2d_relu_max_pool2d(
             arguments = (call.window, call.groups, call.pool, call.engine, call.auto)
             output = Conv2dReLUMaxPool2d.apply(*tensors, *arguments)[0]
         else:
-            output = pooled_maps(call.engine, *tensors, call.window, call.groups, call.pool, want_codes=False)[0]
+            output = pooled_maps(call.engine, *tensors, call.window, call.groups, call.pool, False, call.auto)[0]
         return output if input.dim() == 4 else output.squeeze(0)
 
     return stock() if call is None else _library.or_stock("conv2d_relu", call.auto, kernels, stock)

@@ -28,10 +28,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastops import _env, _library, tuning
+from fastops.ops.layer_norm_lstm_reference import reference, stock_backward, stock_forward
 from fastops.ops.rnn_check import check_lengths
 from fastops.ops.rnn_reference import note_lengths
 
@@ -44,61 +44,6 @@ MAX_SMALL_ELSEWHERE = 64  # W_hh of 128 units is 128 KiB, more than consumer GPU
 LARGE_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 MAX_STEP = 1024
 ROWS = tuning.load("layer_norm_lstm")
-
-
-def reference(
-    gates: Tensor,
-    w_hh: Tensor,
-    gain_hh: Tensor,
-    gain_c: Tensor,
-    bias_c: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    mask_h: Tensor | None,
-    mask_c: Tensor | None,
-    lengths: Tensor | None,
-    keep_h: float,
-    keep_c: float,
-    eps: float,
-    reverse: bool,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, h_n and c_n, as a loop over time. `keep` is how much of a state is replaced: 1 without zoneout."""
-    x = gates.transpose(0, 1) if batch_first else gates
-    steps, _, hidden = x.shape[0], x.shape[1], w_hh.shape[1]
-    if lengths is not None:
-        lengths = lengths.clamp(0, steps)  # read as indices; on a GPU nobody has looked at them
-        ended = torch.arange(steps, device=x.device).unsqueeze(-1) >= lengths
-        x = x.masked_fill(ended.unsqueeze(-1), 0)
-        if reverse:
-            time = torch.arange(steps, device=x.device).unsqueeze(-1)
-            mirror = torch.where(ended, time, lengths - 1 - time).unsqueeze(-1)
-    if reverse:
-        x = x.flip(0) if lengths is None else x.gather(0, mirror.expand_as(x))
-    h, c, rows = h0, c0, []
-    for t in range(steps):
-        recurrent = F.layer_norm(F.linear(h, w_hh), (4 * hidden,), gain_hh, None, eps)
-        i, f, g, o = (x[t] + recurrent).chunk(4, -1)
-        next_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        next_h = o.sigmoid() * F.layer_norm(next_c, (hidden,), gain_c, bias_c, eps).tanh()
-        next_h, next_c = _zone(next_h, h, mask_h, t, keep_h), _zone(next_c, c, mask_c, t, keep_c)
-        row = next_h
-        if lengths is not None:
-            running = (t < lengths).unsqueeze(-1)
-            row = torch.where(running, next_h, torch.zeros_like(next_h))
-            next_h, next_c = torch.where(running, next_h, h), torch.where(running, next_c, c)
-        rows.append(row)
-        h, c = next_h, next_c
-    output = torch.stack(rows) if rows else x.new_zeros(0, x.shape[1], hidden)
-    if reverse:
-        output = output.flip(0) if lengths is None else output.gather(0, mirror.expand_as(output))
-    return output.transpose(0, 1) if batch_first else output, h, c
-
-
-def _zone(new: Tensor, old: Tensor, mask: Tensor | None, t: int, keep: float) -> Tensor:
-    if mask is not None:
-        return torch.where(mask[t], new, old)
-    return new if keep == 1.0 else keep * new + (1.0 - keep) * old
 
 
 def why_not(gates: Tensor, hidden: int, engine: str = "triton") -> str | None:
@@ -214,6 +159,7 @@ _forward = _library.define(
     "fastops.kernels.layer_norm_lstm:forward",
     _forward_fake,
     _forward_flops,
+    ("layer_norm_lstm", stock_forward),
 )
 _backward = _library.define(
     "layer_norm_lstm_backward",
@@ -223,13 +169,14 @@ _backward = _library.define(
     "fastops.kernels.layer_norm_lstm:backward",
     _backward_fake,
     _backward_flops,
+    ("layer_norm_lstm", stock_backward),
 )
 
 
 class _LayerNormLSTM(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        return _forward(*arguments[:-1])
+        return _library.for_graph(_forward, arguments[-1])(*arguments[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -253,7 +200,7 @@ class _LayerNormLSTM(torch.autograd.Function):
 
         def kernels() -> Any:
             gates, w_hh, gain_hh, gain_c, bias_c = inputs[:5]
-            grad_gates, grad_product, grad_h0, grad_c0, sums = _backward(
+            grad_gates, grad_product, grad_h0, grad_c0, sums = _library.for_graph(_backward, ctx.auto)(
                 *grads[:3], gates, w_hh, gain_hh, gain_c, bias_c, c, product, *inputs[7:], *ctx.options, ctx.engine
             )
             hidden = w_hh.shape[1]

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fastops import _env, _library, tuning
+from fastops.ops import rnn_launch
 from fastops.ops.rnn_check import check
 from fastops.ops.rnn_launch import split
 from fastops.ops.rnn_reference import Weights, reference, stock
@@ -186,6 +187,7 @@ _forward_op = _library.define(
     "fastops.ops.rnn_launch:forward",
     _forward_fake,
     _forward_flops,
+    ("rnn", rnn_launch.stock_forward),
 )
 _backward_op = _library.define(
     "rnn_backward",
@@ -195,6 +197,7 @@ _backward_op = _library.define(
     "fastops.ops.rnn_launch:backward",
     _backward_fake,
     _backward_flops,
+    ("rnn", rnn_launch.stock_backward),
 )
 
 
@@ -213,7 +216,8 @@ class _RecurrentLayer(torch.autograd.Function):
         auto: bool,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        return _forward_op(input, h0, c0, list(weights), lengths, mode, batch_first, batch_rows, engine, save)
+        launch = _library.for_graph(_forward_op, auto)
+        return launch(input, h0, c0, list(weights), lengths, mode, batch_first, batch_rows, engine, save)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -239,7 +243,7 @@ class _RecurrentLayer(torch.autograd.Function):
             return list(_library.reference_gradients(formula, [input, h0, c0, *weights], needs, wanted, again))
 
         def by_kernels() -> list[Tensor | None]:
-            results = _backward_op(
+            results = _library.for_graph(_backward_op, ctx.auto)(
                 d_output,
                 d_h_n,
                 d_c_n,

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastops import _env, _library, tuning
+from fastops.ops import rnn_cell_stock
 
 __all__ = ["choose", "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"]
 
@@ -124,6 +125,7 @@ _lstm_forward = _library.define(
     KERNELS + "lstm_cell_forward",
     _lstm_forward_fake,
     _no_flops,
+    ("rnn_cell", rnn_cell_stock.lstm_forward),
 )
 _lstm_backward = _library.define(
     "lstm_cell_backward",
@@ -131,6 +133,7 @@ _lstm_backward = _library.define(
     KERNELS + "lstm_cell_backward",
     _lstm_backward_fake,
     _no_flops,
+    ("rnn_cell", rnn_cell_stock.lstm_backward),
 )
 _gru_forward = _library.define(
     "gru_cell_forward",
@@ -138,6 +141,7 @@ _gru_forward = _library.define(
     KERNELS + "gru_cell_forward",
     _gru_forward_fake,
     _no_flops,
+    ("rnn_cell", rnn_cell_stock.gru_forward),
 )
 _gru_backward = _library.define(
     "gru_cell_backward",
@@ -145,6 +149,7 @@ _gru_backward = _library.define(
     KERNELS + "gru_cell_backward",
     _gru_backward_fake,
     _no_flops,
+    ("rnn_cell", rnn_cell_stock.gru_backward),
 )
 _rnn_forward = _library.define(
     "rnn_cell_forward",
@@ -152,6 +157,7 @@ _rnn_forward = _library.define(
     KERNELS + "rnn_cell_forward",
     _rnn_forward_fake,
     _no_flops,
+    ("rnn_cell", rnn_cell_stock.rnn_forward),
 )
 _rnn_backward = _library.define(
     "rnn_cell_backward",
@@ -159,6 +165,7 @@ _rnn_backward = _library.define(
     KERNELS + "rnn_cell_backward",
     _rnn_backward_fake,
     _no_flops,
+    ("rnn_cell", rnn_cell_stock.rnn_backward),
 )
 
 
@@ -177,7 +184,7 @@ class _LSTMCell(torch.autograd.Function):
     def forward(
         product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, c: Tensor, auto: bool
     ) -> Any:
-        return _lstm_forward(product_x, product_h, b_ih, b_hh, c)
+        return _library.for_graph(_lstm_forward, auto)(product_x, product_h, b_ih, b_hh, c)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -198,7 +205,7 @@ class _LSTMCell(torch.autograd.Function):
         def kernels() -> Any:
             if grad_h is None and grad_c is None:
                 return None, None, None, None, None
-            grad_gates, grad_c_in = _lstm_backward(grad_h, grad_c, c, c_out, gates)
+            grad_gates, grad_c_in = _library.for_graph(_lstm_backward, ctx.auto)(grad_h, grad_c, c, c_out, gates)
             return grad_gates, grad_gates, *_bias_gradients(grad_gates, grad_gates, ctx.needs_input_grad), grad_c_in
 
         if _library.differentiable_again():
@@ -211,7 +218,7 @@ class _GRUCell(torch.autograd.Function):
     def forward(
         product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h: Tensor, auto: bool
     ) -> Any:
-        return _gru_forward(product_x, product_h, b_ih, b_hh, h)
+        return _library.for_graph(_gru_forward, auto)(product_x, product_h, b_ih, b_hh, h)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -228,7 +235,7 @@ class _GRUCell(torch.autograd.Function):
             return _library.reference_gradients(gru_reference, inputs, ctx.needs_input_grad[:5], grad, again)
 
         def kernels() -> Any:
-            grad_x, grad_h, grad_state = _gru_backward(grad, h, gates)
+            grad_x, grad_h, grad_state = _library.for_graph(_gru_backward, ctx.auto)(grad, h, gates)
             return grad_x, grad_h, *_bias_gradients(grad_x, grad_h, ctx.needs_input_grad), grad_state
 
         if _library.differentiable_again():
@@ -241,7 +248,7 @@ class _RNNCell(torch.autograd.Function):
     def forward(
         product_x: Tensor, product_h: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, tanh: bool, auto: bool
     ) -> Any:
-        return _rnn_forward(product_x, product_h, b_ih, b_hh, tanh)
+        return _library.for_graph(_rnn_forward, auto)(product_x, product_h, b_ih, b_hh, tanh)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -258,7 +265,7 @@ class _RNNCell(torch.autograd.Function):
             return _library.reference_gradients(formula, inputs, ctx.needs_input_grad[:4], grad, again)
 
         def kernels() -> Any:
-            grad_gate = _rnn_backward(grad, h_out, ctx.tanh)
+            grad_gate = _library.for_graph(_rnn_backward, ctx.auto)(grad, h_out, ctx.tanh)
             return grad_gate, grad_gate, *_bias_gradients(grad_gate, grad_gate, ctx.needs_input_grad)
 
         if _library.differentiable_again():

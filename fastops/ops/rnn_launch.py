@@ -90,6 +90,19 @@ def backward(
     )
 
 
+def stock_forward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """`forward` by stock PyTorch, whichever engine was chosen; what only its backward pass reads is missing."""
+    options: Any = (*arguments[:8], "torch", *arguments[9:])
+    output, h_n, c_n, *_ = forward(*options)
+    return output, h_n, c_n if arguments[5] == "LSTM" else None, None, None, None
+
+
+def stock_backward(*arguments: Any) -> list[Tensor]:
+    """`backward` by stock PyTorch, which needs nothing that the forward pass kept."""
+    options: Any = (*arguments[:15], "torch", *arguments[16:])
+    return backward(*options)
+
+
 def _kernels() -> Any:
     return importlib.import_module("fastops.kernels.rnn")
 
