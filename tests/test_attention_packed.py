@@ -134,11 +134,16 @@ def test_one_sequence_does_not_see_the_next(device):
         ({"query": torch.zeros(94, 4, 8).half()}, RuntimeError, "head dim"),
         ({"query": torch.zeros(94, 3, 16).half()}, RuntimeError, "Number of heads"),
         ({"query": torch.zeros(1, 94, 4, 16).half()}, RuntimeError, "total, H, D"),
+        ({"cu_seqlens_q": torch.tensor([0, 3, 73, 73, 90, 95])}, ValueError, "cu_seqlens_q must start at 0"),
+        ({"cu_seqlens_k": torch.tensor([2, 3, 133, 135, 135, 144])}, ValueError, "cu_seqlens_k must start at 0"),
+        ({"cu_seqlens_q": torch.tensor([0, 73, 3, 73, 90, 94])}, ValueError, "cu_seqlens_q must start at 0"),
+        ({"max_seqlen_k": 129}, ValueError, "max_seqlen_k must be at least 130"),
     ],
 )
-def test_bad_arguments(change, error, words):
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_bad_arguments(change, error, words, impl):
     q, k, v, _ = packed("cpu")
     given = {"query": q, "key": k, "value": v, "cu_seqlens_q": offsets(LENGTHS_Q, "cpu")}
     given |= {"cu_seqlens_k": offsets(LENGTHS_K, "cpu"), "max_seqlen_q": 70, "max_seqlen_k": 130}
     with pytest.raises(error, match=words):
-        fastops.varlen_attention(**{**given, **change})
+        fastops.varlen_attention(**{**given, **change}, impl=impl)

@@ -200,7 +200,8 @@ def varlen_attention(
         query: (total_q, H, D).
         key: (total_k, Hk, D), Hk divides H.
         value: (total_k, Hk, D).
-        cu_seqlens_q: (sequences + 1,) integers on the device, from 0, ascending.
+        cu_seqlens_q: (sequences + 1,) integers on the device, from 0, ascending, the last at most total_q. Not checked
+            on a GPU, which nobody waits for: what lies outside is read.
         cu_seqlens_k: likewise for keys.
         max_seqlen_q: at least the longest query sequence (longer ones would be cut off).
         max_seqlen_k: at least the longest key sequence.
@@ -215,6 +216,11 @@ def varlen_attention(
 
     Returns:
         (total_q, H, D), and the LSE if asked for.
+
+    Raises:
+        RuntimeError, TypeError: shapes, dtypes and devices that do not fit.
+        ValueError: offsets out of range or sequences longer than the maximum, on a CPU; as scaled_dot_product_attention.
+        KernelUnavailable: impl="triton" where it cannot run.
     """
     name = "varlen_attention"
     tensors = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
@@ -229,6 +235,8 @@ def varlen_attention(
     for label, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not isinstance(longest, (int, torch.SymInt)) or isinstance(longest, bool):
             raise TypeError(f"{name}(): argument '{label}' must be int, not {type(longest).__name__}")
+    checks.check_offsets(cu_seqlens_q, "cu_seqlens_q", query.shape[0], max_seqlen_q, "max_seqlen_q")
+    checks.check_offsets(cu_seqlens_k, "cu_seqlens_k", key.shape[0], max_seqlen_k, "max_seqlen_k")
     options = _options(query, scale, left, right, softcap, dropout_p)
     auto = _env.choose_impl(impl, IMPLS) == "auto"
     impl = _engine(impl, query, key, value, None, alibi_slopes, None, None, scale, options, packed=True)

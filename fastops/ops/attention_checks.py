@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 from typing import Any
 
@@ -177,6 +178,21 @@ def check_packed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor
             "cu_seqlens_q and cu_seqlens_k must have the same shape, but got "
             f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
         )
+
+
+def check_offsets(offsets: Tensor, name: str, total: int, longest: Any, longest_name: str) -> None:
+    """ValueError for offsets that leave the packed tensor; on a CPU alone, a GPU is not waited for."""
+    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    try:
+        values = offsets.tolist()
+    except RuntimeError:  # fake tensors and those of vmap have no values to read
+        return
+    if values[0] != 0 or values[-1] > total or any(end < start for start, end in itertools.pairwise(values)):
+        raise ValueError(f"{name} must start at 0, ascend and end at {total} tokens or before, but got {values}")
+    sizes = [end - start for start, end in itertools.pairwise(values)]
+    if max(sizes, default=0) > longest:
+        raise ValueError(f"{longest_name} must be at least {max(sizes)}, the longest of {name}, but got {longest}")
 
 
 def check_integers(tensor: Tensor, name: str, query: Tensor) -> None:
