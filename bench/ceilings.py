@@ -5,15 +5,14 @@ The spec sheet is the labelled fallback, and the limit beyond which a time is ca
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.clocks import GraphTimed
+from fastops.profiling.ceilings import cache_path, data_sheet
 
 GEMM_SIZES = (4096, 8192)
 COPY_BYTES = 2**30
@@ -23,15 +22,8 @@ FASTER_THAN_MEASURED = 1.25  # a short burst may run at higher clocks than the l
 
 def spec(name: str) -> dict[str, float] | None:
     """Data sheet of a GPU, None where the table lacks it: TFLOP/s per dtype, GB/s."""
-    from fastops.inspection import find_target
-
-    try:
-        gpu = find_target(name).gpu
-    except ValueError:
-        return None
-    if gpu is None:
-        return None
-    return {**{kind: gpu.tflops(kind) for kind in ("fp16", "bf16", "tf32", "fp32")}, "gbps": gpu.gbytes_per_second}
+    sheet = data_sheet(name)
+    return None if sheet is None else {**sheet.tflops, "gbps": sheet.gbytes_per_second}
 
 
 def load(device: torch.device, measure_missing: bool = True) -> dict[str, Any] | None:
@@ -76,15 +68,15 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 
 def _product_tflops(size: int, dtype: torch.dtype, tf32: bool, device: torch.device) -> float:
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    matmul = torch.backends.cuda.matmul
+    allowed, matmul.fp32_precision = matmul.fp32_precision, "tf32" if tf32 else "ieee"
     try:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         timed = GraphTimed([lambda: (a @ b,)])
         seconds = sorted(timed.block(3) for _ in range(7))[3]
         return 2 * size**3 / seconds / 1e12
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        matmul.fp32_precision = allowed
 
 
 def _copy_gbps(device: torch.device) -> float:
@@ -125,16 +117,6 @@ def impossible_below(
     bandwidth = max(sheet.get("gbps", 0.0), FASTER_THAN_MEASURED * ceilings["gbps"])
     compute = flops / algebra / (rate * 1e12) if rate else 0.0
     return max(compute, UNSEEN_WRITES * bytes_moved / (bandwidth * 1e9))
-
-
-def cache_path(device: torch.device) -> Path:
-    """Where ceilings of this GPU, driver and PyTorch are kept."""
-    from fastops import _env
-
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    properties = torch.cuda.get_device_properties(device)
-    key = f"{properties.name}|{getattr(properties, 'uuid', '')}|{_env.driver_version()}|{torch.__version__}"
-    return base / "fastops" / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def store(path: Path, found: dict[str, Any]) -> None:

@@ -158,7 +158,9 @@ def verdict_line(rows: list[dict[str, Any]], machine: str) -> str:
         line += f"; geometric mean {mean:.3f}x the best stock arm"
     line += f" on {machine}"
     losses = [row["case"] for row in rows if row["verdict"] in (stats.SLOWER, stats.WRONG, stats.IMPOSSIBLE)]
-    return f"{line}; losses: {', '.join(losses)}" if losses else f"{line}; no losses"
+    if losses:
+        return f"{line}; losses: {', '.join(losses)}"
+    return line if math.isnan(mean) else f"{line}; no losses"
 
 
 def time(seconds: float) -> str:

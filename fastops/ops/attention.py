@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastops import _env, _library, tuning
+from fastops.ops import attention_arguments as arguments
 from fastops.ops import attention_checks as checks
 from fastops.ops.attention_dropout import new_seed
 from fastops.ops.attention_ops import Attention
@@ -107,7 +108,7 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     left, right = checks.bounds(window, is_causal)
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = arguments.autocast(query, key, value, attn_mask)
     checks.check_dense(query, key, value, attn_mask, enable_gqa, key_lengths, query_lengths, alibi_slopes)
     options = _options(query, scale, left, right, softcap, dropout_p)
     auto = _env.choose_impl(impl, IMPLS) == "auto"
@@ -135,13 +136,13 @@ def scaled_dot_product_attention(
 
     def by_kernels() -> Any:
         batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-        shape = (*batch, _heads(query, key, value), *query.shape[-2:])
+        shape = (*batch, arguments.heads_of(query, key, value), *query.shape[-2:])
         out, lse = Attention.apply(
-            *_four_dimensional(query, key, value, batch, enable_gqa),
-            _mask_of(attn_mask, batch),
-            _lengths_of(key_lengths),
-            _lengths_of(query_lengths),
-            _slopes_of(alibi_slopes, shape[-3]),
+            *arguments.four_dimensional(query, key, value, batch, enable_gqa),
+            arguments.mask_of(attn_mask, batch),
+            arguments.lengths_of(key_lengths),
+            arguments.lengths_of(query_lengths),
+            arguments.slopes_of(alibi_slopes, shape[-3]),
             None,
             None,
             new_seed(query.device) if dropout_p else None,
@@ -228,7 +229,7 @@ def varlen_attention(
     dropout_p, scale, softcap = checks.check_numbers(name, dropout_p, scale, softcap)
     checks.check_flags(name, {"is_causal": is_causal})
     left, right = checks.bounds(window, is_causal)
-    query, key, value, _ = _autocast(query, key, value, None)
+    query, key, value, _ = arguments.autocast(query, key, value, None)
     checks.check_packed(query, key, value, cu_seqlens_q, cu_seqlens_k)
     if alibi_slopes is not None:
         checks.check_slopes(alibi_slopes, query, query.shape[1], (cu_seqlens_q.shape[0] - 1,))
@@ -255,9 +256,9 @@ def varlen_attention(
             None,
             None,
             None,
-            _slopes_of(alibi_slopes, query.shape[1]),
-            _lengths_of(cu_seqlens_q),
-            _lengths_of(cu_seqlens_k),
+            arguments.slopes_of(alibi_slopes, query.shape[1]),
+            arguments.lengths_of(cu_seqlens_q),
+            arguments.lengths_of(cu_seqlens_k),
             new_seed(query.device) if dropout_p else None,
             max_seqlen_q,
             max_seqlen_k,
@@ -392,78 +393,6 @@ def _hides_keys_alone(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> b
 def _sm(device: torch.device) -> int:
     major, minor = _env.capability(_env.index_of(device))
     return 10 * major + minor
-
-
-def _heads(query: Tensor, key: Tensor, value: Tensor) -> int:
-    return max(x.shape[-3] if x.dim() > 2 else 1 for x in (query, key, value))
-
-
-def _four_dimensional(
-    query: Tensor, key: Tensor, value: Tensor, batch: tuple[int, ...], enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, H, S, D) of each, without a copy where one leading dimension is all there is."""
-    heads = _heads(query, key, value)
-    kv_heads = max(x.shape[-3] if x.dim() > 2 else 1 for x in (key, value))
-    groups = {x.shape[-3] for x in (key, value) if x.dim() > 2 and x.shape[-3] != 1}
-    if (not enable_gqa and kv_heads not in (1, heads)) or len(groups) > 1:
-        kv_heads = heads
-
-    def flat(x: Tensor, wanted: int) -> Tensor:
-        while x.dim() < 3:
-            x = x[None]
-        if x.shape[-3] != wanted:
-            x = (
-                x.expand(*x.shape[:-3], wanted, *x.shape[-2:])
-                if x.shape[-3] == 1
-                else x.repeat_interleave(wanted // x.shape[-3], -3)
-            )
-        x = x.expand(*batch, *x.shape[-3:])
-        if len(batch) == 1:
-            return x
-        return x[None] if not batch else x.flatten(0, len(batch) - 1)
-
-    return flat(query, heads), flat(key, kv_heads), flat(value, kv_heads)
-
-
-def _mask_of(attn_mask: Tensor | None, batch: tuple[int, ...]) -> Tensor | None:
-    """The mask with four dimensions, those it broadcasts over kept at 1."""
-    if attn_mask is None:
-        return None
-    while attn_mask.dim() < max(4, len(batch) + 3):
-        attn_mask = attn_mask[None]
-    if attn_mask.dim() > 4:
-        if all(size == 1 for size in attn_mask.shape[:-3]):
-            return attn_mask.flatten(0, -4)
-        attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
-    return attn_mask
-
-
-def _lengths_of(lengths: Tensor | None) -> Tensor | None:
-    """One contiguous row of int32 or int64."""
-    if lengths is None:
-        return None
-    if lengths.dtype not in (torch.int32, torch.int64):
-        lengths = lengths.to(torch.int32)
-    return lengths.reshape(-1).contiguous()
-
-
-def _slopes_of(slopes: Tensor | None, heads: int) -> Tensor | None:
-    return None if slopes is None else slopes.detach().reshape(-1, heads)
-
-
-def _autocast(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The casts autocast gives `scaled_dot_product_attention`."""
-    device = query.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return query, key, value, attn_mask
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(x: Tensor) -> Tensor:
-        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-
-    return cast(query), cast(key), cast(value), None if attn_mask is None else cast(attn_mask)
 
 
 # what `fastops env` shows: the call in words, and its facts

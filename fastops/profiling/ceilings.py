@@ -83,9 +83,9 @@ def _ceilings(name: str, source: str, tflops: Mapping[str, float], gbytes_per_se
     return Ceilings(name, source, dict(tflops), float(gbytes_per_second), convolutions, products)
 
 
-def cache_path() -> Path:
-    """Where the benchmark leaves the measured ceilings of this GPU, driver and PyTorch."""
+def cache_path(device: torch.device | None = None) -> Path:
+    """Where the benchmark leaves the measured ceilings of a GPU (the current one), its driver and this PyTorch."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if device is None else device)
     key = f"{properties.name}|{getattr(properties, 'uuid', '')}|{_env.driver_version()}|{torch.__version__}"
     return base / "fastops" / f"ceilings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
