@@ -220,7 +220,7 @@ def varlen_attention(
 
     Raises:
         RuntimeError, TypeError: shapes, dtypes and devices that do not fit.
-        ValueError: offsets out of range or sequences longer than the maximum, on a CPU; as scaled_dot_product_attention.
+        ValueError: unknown impl, negative softcap, window below -1; on a CPU also offsets that leave the packed tensor.
         KernelUnavailable: impl="triton" where it cannot run.
     """
     name = "varlen_attention"
