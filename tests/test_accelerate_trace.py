@@ -122,25 +122,41 @@ def test_what_cannot_be_proven_stays(kind, reason):
     assert type(model.conv) is nn.Conv2d
 
 
+class Spelled(nn.Module):
+    def __init__(self, relu):
+        super().__init__()
+        self.conv, self.second, self.relu = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1), relu
+
+    def forward(self, x):
+        return self.relu(self.second(self.relu(self.conv(x))))
+
+
 @pytest.mark.parametrize(
-    "relu",
-    [F.relu, torch.relu, torch.relu_, lambda x: x.relu(), lambda x: F.relu(x, inplace=True), lambda x: x.relu_()],
+    ("relu", "taken"),
+    [
+        (F.relu, True),
+        (torch.relu, True),
+        (lambda x: x.relu(), True),
+        (nn.ReLU(), True),
+        # in place on what the convolution keeps for backward
+        (F.relu_, False),
+        (torch.relu_, False),
+        (lambda x: x.relu_(), False),
+        (lambda x: F.relu(x, inplace=True), False),
+        (lambda x: F.relu(x, True), False),
+        (nn.ReLU(inplace=True), False),  # serves two, so it is not made FusedReLU
+    ],
 )
-def test_every_spelling_of_relu(relu):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(1, 2, 1)
-
-        def forward(self, x):
-            return relu(self.conv(x))
-
-    model = Model()
-    x = torch.randn(1, 1, 3, 3)
-    expected = model(x)
+def test_every_spelling_of_relu(relu, taken):
+    model, x = Spelled(relu), torch.randn(1, 1, 3, 3)
+    wanted = [model(x), *torch.autograd.grad(model(x).sum(), list(model.parameters()))]
+    report = fastops.explain(model, trace=True)
+    assert len(report.accelerated) == (2 if taken else 0)
+    assert taken or all("works in place" in row.reason for row in report.kept)
     fastops.accelerate(model, trace=True)
-    assert type(model.conv) is fastops.nn.Conv2dReLU
-    torch.testing.assert_close(model(x), expected)
+    found = [model(x), *torch.autograd.grad(model(x).sum(), list(model.parameters()))]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_modes_come_back_as_they_were():

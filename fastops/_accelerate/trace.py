@@ -105,6 +105,10 @@ def _judge(module: nn.Module, calls: dict[nn.Module, list[fx.Node]], modules: di
     owners = {modules[str(relu.target)] if relu.op == "call_module" else None for relu in relus}
     (owner, *others) = owners
     alone = owner is not None and not others and all(node in relus for node in calls[owner])
+    if not alone and any(_in_place(relu, modules) for relu in relus):
+        return (
+            "the ReLU after it works in place, on what the convolution would keep for backward (inplace=False: taken)"
+        )
     return Proof(" or ".join(names), owner if alone else None)
 
 
@@ -116,6 +120,15 @@ def _is_relu(node: fx.Node, source: fx.Node, modules: dict[str, nn.Module]) -> b
     if node.op == "call_method":
         return node.target in ("relu", "relu_")
     return node.op == "call_function" and node.target in RELUS
+
+
+def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a ReLU writes into what it is given."""
+    if node.op == "call_module":
+        return bool(modules[str(node.target)].inplace)
+    if node.target in ("relu_", F.relu_, torch.relu_):
+        return True
+    return bool(node.kwargs.get("inplace", node.args[1] if len(node.args) > 1 else False))
 
 
 def _describe(node: fx.Node, modules: dict[str, nn.Module]) -> str:
