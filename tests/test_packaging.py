@@ -100,6 +100,19 @@ def test_metadata_is_fit_for_an_index(sdist, wheel):
     assert report.count("PASSED") == 2
 
 
+def test_the_readme_of_the_metadata_refers_to_nothing_that_is_not_there(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+    assert "\nDescription-Content-Type: text/markdown\n" in metadata
+    text = metadata.partition("\n\n")[2]
+    for block in re.findall(r"^```python\n.*?^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S):
+        assert block in text
+    assert [target for target in re.findall(r"\]\(([^)]*)\)", text) if not target.startswith("https://")] == []
+    named = re.findall(r"\(`([\w/]+\.\w+)`\)|: `([\w/]+\.png)`", text)
+    assert len(named) >= 10
+    assert all((ROOT / (link or picture)).is_file() for link, picture in named)
+
+
 def test_sdist_can_make_what_its_readme_promises(unpacked):
     for target in ("bench", "test", "lint", "inspect-matrix"):
         recipe = run("make", "--dry-run", target, cwd=unpacked)
