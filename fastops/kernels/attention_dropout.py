@@ -65,6 +65,16 @@ def dropout_keys(seed_ptr, batch_head):
 
 
 @triton.jit
+def private(index):
+    """An index below 1024 as a number of its own, the lowest 10 bits of this one.
+
+    LLVM sees that `index & 7` is equal for elements 8 apart only where nothing else uses the index, and the columns of a
+    mask do. Without that it would compute Philox anew for every other element.
+    """
+    return index + 1024
+
+
+@triton.jit
 def keep_mask(keys, query_base, query_local, key_base, key_local, threshold):
     """True where the element is kept, which it is with probability 1 - threshold / 2^32.
 
@@ -72,9 +82,10 @@ def keep_mask(keys, query_base, query_local, key_base, key_local, threshold):
     scalars, multiples of 16 and 32. `threshold` holds the bits of an unsigned number in an int32.
     """
     k0, k1 = keys
+    query_local, key_local = private(query_local), private(key_local)
     zero = (query_local + key_local) * 0
-    q_group = (((query_base >> 4) << 3) + (((query_local >> 4) << 3) | (query_local & 7)) + zero).to(tl.uint32)
-    k_group = (((key_base >> 5) << 3) + (((key_local >> 5) << 3) | (key_local & 7)) + zero).to(tl.uint32)
+    q_group = (((query_base >> 4) << 3) + (((query_local & 1023) >> 4 << 3) | (query_local & 7)) + zero).to(tl.uint32)
+    k_group = (((key_base >> 5) << 3) + (((key_local & 1023) >> 5 << 3) | (key_local & 7)) + zero).to(tl.uint32)
     w0, w1 = philox2x32(k0, q_group ^ k1, k_group, 7)
     w0, w1 = opaque(w0), opaque(w1)
     word = tl.where((key_local & 16) == 0, w0, w1)
