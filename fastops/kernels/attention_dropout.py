@@ -68,8 +68,8 @@ def dropout_keys(seed_ptr, batch_head):
 def private(index):
     """An index below 1024 as a number of its own, the lowest 10 bits of this one.
 
-    LLVM sees that `index & 7` is equal for elements 8 apart only where nothing else uses the index, and the columns of a
-    mask do. Without that it would compute Philox anew for every other element.
+    LLVM sees that `index & 7` is equal for elements 8 apart only where nothing else uses the index, as the columns of a
+    mask do; Philox would be computed twice.
     """
     return index + 1024
 
