@@ -88,7 +88,10 @@ def define(
                     raise
                 failure = error
         reason = f"{type(failure).__name__}: {_short(str(failure))}"
-        raise LaunchFailed(f"fastops::{name}: {reason} (FASTOPS_IMPL=torch avoids it)") from failure
+        try:
+            raise LaunchFailed(f"fastops::{name}: {reason} (FASTOPS_IMPL=torch avoids it)") from failure
+        finally:
+            del failure  # whose traceback holds this frame, and with it the tensors
 
     def on_cuda(*args: Any) -> Any:
         device = next(argument.device for argument in args if isinstance(argument, torch.Tensor))
