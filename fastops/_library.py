@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastops import _triton_cache
 from fastops._env import KernelUnavailable, interpreting
@@ -197,6 +198,21 @@ def or_stock(op: str, auto: bool, kernel: Callable[[], Any], stock: Callable[[],
 def _remember(op: str, reason: str) -> None:
     if BROKEN.setdefault(op, reason) is reason:
         warnings.warn(f"{op}: stock PyTorch runs from now on, a kernel failed: {reason}", RuntimeWarning, stacklevel=4)
+
+
+def why_no_transform(vmap: bool = True) -> str | None:
+    """Why an op without forward-mode derivatives (and, unless `vmap` is False, without batching) cannot run here."""
+    if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+        return "forward-mode derivatives are not implemented"
+    return "torch.vmap is not implemented" if vmap and _under_vmap() else None
+
+
+def _under_vmap() -> bool:
+    """Whether torch.vmap is active at any level; inside torch.compile the ops themselves refuse it."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())
 
 
 def differentiable_again() -> bool:

@@ -297,6 +297,9 @@ def why_not(
         return f"the kernels take fp16, bf16 and fp32, not {query.dtype}"
     if query.dtype == torch.bfloat16 and _env.interpreting():
         return "Triton's interpreter computes bf16 wrongly"
+    transform = _library.why_no_transform(vmap=False)
+    if transform is not None:
+        return transform
     if not 1 <= query.shape[-1] <= 256:
         return f"the kernels take head dims 1 to 256, not {query.shape[-1]}"
     if value.shape[-1] != query.shape[-1]:

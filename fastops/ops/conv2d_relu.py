@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastops import _env, _library, tuning
 from fastops.ops import conv2d_arguments as arguments
@@ -74,10 +73,9 @@ def why_not(
         return f"the tensors are {input.dtype}, the kernels know float16, bfloat16 and float32"
     if input.dtype == torch.bfloat16 and _env.interpreting():
         return "Triton's interpreter computes bfloat16 wrongly"
-    if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
-        return "forward-mode derivatives are not implemented"
-    if _under_vmap():
-        return "torch.vmap is not implemented"
+    transform = _library.why_no_transform()
+    if transform is not None:
+        return transform
     maps = arguments.conv_size(input, weight, window)
     if input.shape[0] * max(input.shape[-2] * input.shape[-1], maps[0] * maps[1]) > MAX_PIXELS:
         return f"the batch has more than {MAX_PIXELS} pixels"
@@ -194,14 +192,6 @@ def _facts(call: Call) -> dict[str, Any]:
         "channels": call.input.shape[1],
         "maps": call.input.shape[0] * call.weight.shape[0] * size[0] * size[1],
     }
-
-
-def _under_vmap() -> bool:
-    """Whether torch.vmap is active at any level; inside torch.compile the ops themselves refuse it."""
-    if torch.compiler.is_compiling():
-        return False
-    stack = torch._C._functorch.get_interpreter_stack()
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:

@@ -55,6 +55,9 @@ def why_not(gates: Tensor, hidden: int, engine: str = "triton") -> str | None:
         return reason
     if gates.dtype == torch.bfloat16 and _env.interpreting():
         return "Triton's interpreter computes bf16 products wrongly"
+    transform = _library.why_no_transform()
+    if transform is not None:
+        return transform
     if engine == "persistent":
         return "each step normalises over all units of a row, so a row is never spread over programs: use small or step"
     if engine == "small":

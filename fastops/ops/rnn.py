@@ -74,6 +74,9 @@ def why_not(
         return f"the dtype is {input.dtype}, the kernels take fp16, bf16 and fp32"
     if input.dtype == torch.bfloat16 and input.device.type == "cpu":
         return "Triton's interpreter computes bf16 products wrongly"
+    transform = _library.why_no_transform()
+    if transform is not None:
+        return transform
     if input.numel() == 0:
         return f"the input is empty: {tuple(input.shape)}"
     batch = input.shape[0 if batch_first else 1]

@@ -72,7 +72,7 @@ def why_not(input: Tensor) -> str | None:
     """Why the kernels cannot run on tensors like these, or None where they can."""
     if input.dtype not in DTYPES:
         return f"the kernels compute fp16, bf16 and fp32, the tensors are {input.dtype}"
-    return _env.why_no_triton(input.device)
+    return _env.why_no_triton(input.device) or _library.why_no_transform()
 
 
 def _lstm_forward_fake(

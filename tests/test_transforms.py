@@ -1,0 +1,64 @@
+"""torch.func.jvp and vmap: engines without a rule refuse by name, so that "auto" leaves them to stock PyTorch."""
+
+import pytest
+import torch
+
+import fastops
+from fastops.ops import layer_norm_lstm as layer_norm
+from fastops.ops import rnn
+
+STEPS, BATCH, HIDDEN = 3, 2, 8
+
+
+def recurrent(x, impl):
+    weights = torch.eye(HIDDEN).repeat(4, 1)
+    return rnn.recurrent_layer("LSTM", x, None, None, [(weights, weights, None, None)], impl=impl)[0]
+
+
+def normalised(x, impl):
+    states = [torch.zeros(BATCH, HIDDEN), torch.zeros(BATCH, HIDDEN)]
+    norms = [torch.ones(4 * HIDDEN), torch.ones(HIDDEN), torch.zeros(HIDDEN)]
+    return layer_norm.layer_norm_lstm(x.repeat(1, 1, 4), torch.eye(HIDDEN).repeat(4, 1), *norms, *states, impl=impl)[0]
+
+
+def cell(x, impl):
+    weights = torch.eye(HIDDEN).repeat(3, 1)
+    return fastops.gru_cell(x[0], x[1], weights, weights, impl=impl)
+
+
+def attention(x, impl):
+    return fastops.scaled_dot_product_attention(x, x, x, impl=impl)
+
+
+CALLS = {
+    "recurrent small": (recurrent, "small"),
+    "recurrent step": (recurrent, "step"),
+    "layer norm small": (normalised, "small"),
+    "layer norm step": (normalised, "step"),
+    "cell": (cell, "triton"),
+    "attention": (attention, "triton"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_forward_mode_derivatives_are_refused_by_name(name):
+    function, impl = CALLS[name]
+    x = torch.randn(STEPS, BATCH, HIDDEN)
+    with pytest.raises(fastops.KernelUnavailable, match="forward-mode"):
+        torch.func.jvp(lambda x: function(x, impl), (x,), (x,))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "attention"])  # which has a rule
+def test_vmap_is_refused_by_name(name):
+    function, impl = CALLS[name]
+    with pytest.raises(fastops.KernelUnavailable, match="vmap"):
+        torch.vmap(lambda x: function(x, impl))(torch.randn(2, STEPS, BATCH, HIDDEN))
+
+
+def test_what_stock_pytorch_can_do_is_done_under_auto():
+    x = torch.randn(STEPS, BATCH, HIDDEN)
+    value, derivative = torch.func.jvp(lambda x: normalised(x, "auto"), (x,), (x,))
+    torch.testing.assert_close(value, normalised(x, "small"), rtol=1e-4, atol=1e-5)
+    assert derivative.abs().sum() > 0
+    batch = torch.randn(2, STEPS, BATCH, HIDDEN)
+    torch.testing.assert_close(torch.vmap(lambda x: normalised(x, "auto"))(batch)[1], normalised(batch[1], "auto"))
