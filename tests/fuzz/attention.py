@@ -172,6 +172,20 @@ def formula(
     return out, lse if lse.dtype == torch.float64 and query.dtype == torch.float64 else lse.float()
 
 
+def score_terms(scale: float | None) -> Any:
+    """What gradients of scores are differences of (dO V^T and its mean in a row), times what multiplies them."""
+
+    def size(given: Any, upstream: Any) -> float:
+        query, key, value = (x.detach().double() for x in given[:3])
+        if not (query.numel() and key.numel() and value.numel()):
+            return 0.0
+        products = float(upstream[0].double().norm(dim=-1).max() * value.norm(dim=-1).max())
+        factor = query.shape[-1] ** -0.5 if scale is None else abs(scale)
+        return products * factor * float(max(query.abs().max(), key.abs().max()))
+
+    return size
+
+
 def dense_call(case: Dense) -> str:
     def ours(query: Any, key: Any, value: Any, mask: Any, slopes: Any) -> Any:
         more = dict(case.more, alibi_slopes=slopes) if slopes is not None else case.more
@@ -187,7 +201,7 @@ def dense_call(case: Dense) -> str:
         return formula(query, key, value, mask, slopes, **case.plain, **case.more)
 
     arguments = [case.query, case.key, case.value, case.mask, case.slopes]
-    return agree(ours, stock, arguments, explicit=case.impl == "triton")
+    return agree(ours, stock, arguments, explicit=case.impl == "triton", terms=score_terms(case.plain.get("scale")))
 
 
 @fuzzed(dense(("auto", "torch"), FLOATS, 7, more=False))
@@ -279,7 +293,8 @@ def packed_call(case: Packed) -> str:
             return torch.cat([x.transpose(0, 1) for x in outs]), torch.cat([x.mT for x in lses])
         return torch.cat([x.transpose(0, 1) for x in found])
 
-    return agree(ours, stock, [*case.trio, case.slopes], explicit=case.impl == "triton")
+    explicit, terms = case.impl == "triton", score_terms(case.options.get("scale"))
+    return agree(ours, stock, [*case.trio, case.slopes], explicit=explicit, terms=terms)
 
 
 @fuzzed(packed(("auto", "torch"), ROUNDED_FLOATS))
