@@ -27,7 +27,8 @@ class Change:
         change: after / before.
         lo: lower end of its 95 % interval.
         hi: upper end.
-        state: "regressed", "improved", "same", "unclear", "gone" or a verdict that makes a result invalid.
+        state: "regressed", "improved", "same", "unclear", "gone", "broken" (an error in place of a time) or a verdict
+            that makes a result invalid.
     """
 
     case: str
@@ -57,7 +58,7 @@ class Comparison:
             return INVALID
         if self.differences or not self.changes:
             return INCOMPARABLE
-        return REGRESSION if states & {"regressed", "gone"} else OK
+        return REGRESSION if states & {"regressed", "gone", "broken"} else OK
 
 
 def parse_rule(text: str) -> float:
@@ -81,6 +82,8 @@ def within(document: dict[str, Any], tolerated: float) -> Comparison:
             continue
         versus = row.get("vs_best")
         if versus is None:
+            if row["verdict"] == stats.ERROR:
+                found.changes.append(Change(row["case"], "?", None, None, None, None, None, "broken"))
             continue
         state = _state(versus["ratio"], versus["lo"], versus["hi"], tolerated)
         values = (versus["ratio"], versus["ratio"], versus["lo"], versus["hi"])

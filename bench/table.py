@@ -157,7 +157,8 @@ def verdict_line(rows: list[dict[str, Any]], machine: str) -> str:
     if not math.isnan(mean):
         line += f"; geometric mean {mean:.3f}x the best stock arm"
     line += f" on {machine}"
-    losses = [row["case"] for row in rows if row["verdict"] in (stats.SLOWER, stats.WRONG, stats.IMPOSSIBLE)]
+    lost = (stats.SLOWER, stats.WRONG, stats.IMPOSSIBLE, stats.ERROR)
+    losses = [row["case"] for row in rows if row["verdict"] in lost]
     if losses:
         return f"{line}; losses: {', '.join(losses)}"
     return line if math.isnan(mean) else f"{line}; no losses"

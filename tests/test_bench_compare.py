@@ -159,3 +159,11 @@ def test_a_bad_rule(save, capsys, rule):
 def test_rule():
     assert parse_rule("slower:5%") == 0.05
     assert parse_rule(" slower:2.5% ") == 0.025
+
+
+def test_one_file_with_an_error_in_place_of_a_time_fails(save, capsys):
+    broken = row("op/other/fp16/infer")
+    broken["vs_best"], broken["verdict"], broken["error"] = None, "ERROR", "RuntimeError: no"
+    assert compare(save("r.json", document(row(), broken))) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "REGRESSION: 1 improved, 1 broken: op/other/fp16/infer (?)"

@@ -12,7 +12,14 @@ from bench import compare, environment
 from bench.cli import common
 from bench.results import Unreadable, read
 
-STYLES = {"regressed": "bold red", "gone": "bold red", "improved": "bold green", "unclear": "yellow"}
+BAD = ("regressed", "gone", "broken", "WRONG", "IMPOSSIBLE")
+STYLES = {
+    "regressed": "bold red",
+    "gone": "bold red",
+    "broken": "bold red",
+    "improved": "bold green",
+    "unclear": "yellow",
+}
 WORDS = {compare.OK: "ok", compare.REGRESSION: "REGRESSION", compare.INCOMPARABLE: "NOT COMPARABLE"}
 
 
@@ -48,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(f"{label}: {', '.join(names)}", style="dim", markup=False)
     counts = Counter(change.state for change in found.changes)
     counted = ", ".join(f"{count} {state}" for state, count in counts.items()) or "no case in common"
-    named = [f"{c.case} ({c.arm})" for c in found.changes if c.state in ("regressed", "gone", "WRONG", "IMPOSSIBLE")]
+    named = [f"{c.case} ({c.arm})" for c in found.changes if c.state in BAD]
     print(f"{WORDS.get(found.exit_code, 'INVALID')}: {counted}" + (f": {', '.join(named)}" if named else ""))
     return found.exit_code
 
