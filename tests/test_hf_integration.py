@@ -275,8 +275,8 @@ def test_masks_stay_small_and_are_never_read():
     with FakeTensorMode(), pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
         torch.ones(1).all().item()
     with FakeTensorMode():  # any value read on the host raises here
-        assert masks(both, allow_is_bidirectional_skip=True).shape == (2, 6)
-        assert masks(both, 4, 6, allow_is_bidirectional_skip=True).shape == (2, 6)
+        assert masks(both, allow_is_bidirectional_skip=True).shape == (2, 1, 1, 6)
+        assert masks(both, 4, 6, allow_is_bidirectional_skip=True).shape == (2, 1, 1, 6)
         assert masks(both, padding=False, allow_is_bidirectional_skip=True) is None
         assert masks(causal).shape == (2, 6)
         assert masks(causal, padding=False) is None
@@ -296,6 +296,27 @@ def test_masks_stay_small_and_are_never_read():
         other = masking_utils.and_masks(causal, lambda b, h, q, k: k != q)
         assert masks(other).shape == (2, 1, 6, 6)
         assert masks(masking_utils.or_masks(window, both)).shape == (2, 1, 6, 6)
+
+
+@pytest.mark.parametrize("name", ["Splinter", "ClapText"])
+@pytest.mark.parametrize("side", ["right", None])
+def test_a_model_for_both_directions_that_does_not_say_so(name, side):
+    config = getattr(transformers, f"{name}Config")(**SMALL, **NO_DROPOUT)
+    eager = getattr(transformers, f"{name}Model")._from_config(config, attn_implementation="eager")
+    ours = copy.deepcopy(eager)
+    ours.set_attn_implementation("fastops")
+    assert_same(eager, ours, *tokens_and_mask(side))
+
+
+@pytest.mark.parametrize("name", ["Bloom", "CodeGen", "XGLM"])
+def test_a_model_that_computes_attention_itself_is_refused(name):
+    """It would take the mask for its own and see the tokens to come."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": 40}
+    sizes |= {"ffn_dim": 16, "rotary_dim": 4, "n_inner": 16}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}Model")._from_config(config, attn_implementation="fastops")
+    with pytest.raises(ValueError, match=f"{name} compute attention themselves"):
+        model(tokens_and_mask(None)[0])
 
 
 def test_a_model_that_does_not_tell_its_window_gets_it_right():

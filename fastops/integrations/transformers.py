@@ -8,6 +8,7 @@ that padding, causality and windows reach the kernel as such, without a dense ma
 
     None    no padding; causal if the module is
     2       (B, Sk) bool, True at real tokens; causal if the module is, and queries and keys are equally many
+            (modules that do not say are taken for causal, so masks for both directions have four dimensions)
     4       (B or 1, H or 1, Sq or 1, Sk) bool (True attends) or float (added): the whole truth, nothing else applies
     5       (B, left + 1, right + 1, 1, Sk or 0): a window, and padding unless the last size is 0. Expanded, it costs no
             memory; a layer need not tell the window, and one that tells another is not believed
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -33,7 +35,7 @@ from fastops.ops.attention import IMPLS, scaled_dot_product_attention
 from fastops.ops.attention_reference import Options, visible_keys
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import (
         bidirectional_mask_function,
         causal_mask_function,
@@ -69,6 +71,7 @@ SELF_ATTENTION_ARGUMENTS = {
     "kwargs",
 }
 LENGTHS = "_fastops_lengths"
+_COMPUTES_ITSELF: dict[type, bool] = {}
 
 
 def fastops_attention(
@@ -215,6 +218,9 @@ def fastops_mask(
 
     Causal and windowed masks stay small for a whole sequence (equally many queries and keys) and for one query after a
     growing cache; anything else becomes the 4-D mask of `sdpa_mask`. No value is read on the host.
+
+    Raises:
+        ValueError: the model computes attention itself and would make of such a mask something else.
     """
     dense = functools.partial(
         sdpa_mask,
@@ -229,6 +235,12 @@ def fastops_mask(
         allow_is_bidirectional_skip=False,
         **kwargs,
     )
+    if computes_attention_itself(type(kwargs.get("config"))):
+        model = type(kwargs["config"]).__name__.removesuffix("Config")
+        raise ValueError(
+            f'attn_implementation="{NAME}": models of {model} compute attention themselves, not through transformers\' '
+            'AttentionInterface; use "eager"'
+        )
     if attention_mask is not None and attention_mask.dim() == 5:
         return attention_mask  # generate() makes masks before it calls the model, which makes them again
     if kv_offset != 0 or (attention_mask is not None and attention_mask.dim() != 2):
@@ -240,7 +252,12 @@ def fastops_mask(
             # once for all layers; compiled, Inductor sees that they compute the same
             setattr(padding, LENGTHS, lengths_of(padding))
     if mask_function is bidirectional_mask_function:
-        return padding if allow_is_bidirectional_skip else dense()
+        if padding is None or not allow_is_bidirectional_skip:
+            return padding if allow_is_bidirectional_skip else dense()
+        both_ways = padding[:, None, None]  # not every module says that it is not causal
+        if not torch.compiler.is_compiling():
+            setattr(both_ways, LENGTHS, getattr(padding, LENGTHS))
+        return both_ways
     if not (allow_is_causal_skip or allow_is_bidirectional_skip) or not isinstance(q_offset, (int, torch.SymInt)):
         return dense()
     whole = q_length == kv_length and q_offset == 0
@@ -289,6 +306,21 @@ def captured(function: Any, pattern: Any) -> list[int] | None:
     else:
         return None
     return None if any(part is None for part in parts) else [number for part in parts for number in part or ()]
+
+
+@torch.compiler.assume_constant_result
+def computes_attention_itself(config_class: type) -> bool:
+    """Whether the models of such a configuration never call the attention function that was chosen for them."""
+    if config_class not in _COMPUTES_ITSELF:
+        _COMPUTES_ITSELF[config_class] = _computes_itself(config_class)
+    return _COMPUTES_ITSELF[config_class]
+
+
+def _computes_itself(config_class: type) -> bool:
+    name = config_class.__module__.replace("configuration_", "modeling_")
+    models = vars(sys.modules[name]).values() if name in sys.modules else ()
+    here = [m for m in models if isinstance(m, type) and issubclass(m, PreTrainedModel) and m.__module__ == name]
+    return bool(here) and not here[0]._can_set_attn_implementation()
 
 
 @torch.compiler.assume_constant_result
