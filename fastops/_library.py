@@ -216,12 +216,12 @@ def _under_vmap() -> bool:
 
 
 def differentiable_again() -> bool:
-    """Whether the running backward will itself be differentiated (create_graph=True).
+    """Whether the running backward will itself be differentiated (create_graph=True), or runs under torch.vmap.
 
     Such a backward must not call a kernel: its result would carry no graph, and a term of the second derivative would
     be missing without a word. It differentiates the reference instead, see `reference_gradients`.
     """
-    return torch.is_grad_enabled()
+    return torch.is_grad_enabled() or _under_vmap()
 
 
 def reference_gradients(
@@ -236,6 +236,9 @@ def reference_gradients(
     with torch.enable_grad():
         # a view of each input, so that a tensor passed twice (attention of x to itself) gets two separate gradients
         inputs = [x.view_as(x) if x is not None and i in wanted else x for i, x in enumerate(inputs)]
+        if not all(inputs[i].requires_grad for i in wanted):  # type: ignore[union-attr]
+            taken = _functional_gradients(reference, inputs, wanted, grad_outputs)
+            return tuple(taken.get(i) for i in range(len(inputs)))
         outputs = reference(*inputs)
         if isinstance(outputs, torch.Tensor):
             outputs, grad_outputs = (outputs,), (grad_outputs,)  # type: ignore[assignment]
@@ -262,6 +265,27 @@ def gradients_alone(
     """`reference_gradients`, once, of inputs that no graph leads to, as a registered op receives them."""
     leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
     return reference_gradients(reference, leaves, needed, grad_outputs, again=False)
+
+
+def _functional_gradients(
+    reference: Callable[..., Any],
+    inputs: Sequence[torch.Tensor | None],
+    wanted: Sequence[int],
+    grad_outputs: torch.Tensor | Sequence[torch.Tensor | None],
+) -> dict[int, torch.Tensor]:
+    """The same where torch.func.vjp runs the backward: it has taken its inputs out of autograd by then."""
+    given = (grad_outputs,) if isinstance(grad_outputs, torch.Tensor) else tuple(grad_outputs)
+
+    def outputs_with_gradients(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        all_inputs = list(inputs)
+        for index, leaf in zip(wanted, leaves, strict=True):
+            all_inputs[index] = leaf
+        outputs = reference(*all_inputs)
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        return tuple(o for o, g in zip(outputs, given, strict=True) if g is not None)
+
+    vjp = torch.func.vjp(outputs_with_gradients, *(inputs[i] for i in wanted))[1]
+    return dict(zip(wanted, vjp(tuple(g for g in given if g is not None)), strict=True))
 
 
 def _register_flop_formulas() -> None:

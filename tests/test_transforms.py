@@ -1,4 +1,4 @@
-"""torch.func.jvp and vmap: engines without a rule refuse by name, so that "auto" leaves them to stock PyTorch."""
+"""torch.func: what engines have no rule for is refused by name, and left to stock PyTorch under "auto"."""
 
 import pytest
 import torch
@@ -53,6 +53,40 @@ def test_vmap_is_refused_by_name(name):
     function, impl = CALLS[name]
     with pytest.raises(fastops.KernelUnavailable, match="vmap"):
         torch.vmap(lambda x: function(x, impl))(torch.randn(2, STEPS, BATCH, HIDDEN))
+
+
+def convolution(x, impl):
+    return fastops.conv2d_relu_max_pool2d(x[None], torch.ones(2, STEPS, 1, 3), pool_size=(1, 2), impl=impl)
+
+
+REVERSE = {**CALLS, "convolution": (convolution, "triton")}
+
+
+@pytest.mark.parametrize("name", REVERSE)
+def test_reverse_mode_transforms(name):
+    """torch.func.vjp runs the backward when its inputs are out of autograd again, and jacrev does so under vmap."""
+    function, impl = REVERSE[name]
+    x = torch.randn(STEPS, BATCH, HIDDEN)
+    found = []
+    for engine in (impl, "torch"):
+        output, vjp = torch.func.vjp(lambda x, engine=engine: function(x, engine), x)
+        jacobian = torch.func.jacrev(lambda x, engine=engine: function(x, engine).flatten()[:3])(x)
+        found.append((output, *vjp(torch.ones_like(output)), jacobian))
+    for ours, stock in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["recurrent small", "layer norm small", "convolution"])
+def test_a_transform_of_a_transform(name):
+    function, impl = REVERSE[name]
+    x = torch.randn(STEPS, BATCH, HIDDEN)
+
+    def slope(x, engine):
+        output, vjp = torch.func.vjp(lambda x: function(x, engine).square(), x)
+        return vjp(torch.ones_like(output))[0].square().sum()
+
+    found, expected = (torch.func.grad(slope)(x, engine) for engine in (impl, "torch"))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_what_stock_pytorch_can_do_is_done_under_auto():
