@@ -275,8 +275,8 @@ def test_masks_stay_small_and_are_never_read():
     with FakeTensorMode(), pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
         torch.ones(1).all().item()
     with FakeTensorMode():  # any value read on the host raises here
-        assert masks(both, allow_is_bidirectional_skip=True).shape == (2, 1, 1, 6)
-        assert masks(both, 4, 6, allow_is_bidirectional_skip=True).shape == (2, 1, 1, 6)
+        assert masks(both, allow_is_bidirectional_skip=True).shape == (2, 6)
+        assert masks(both, 4, 6, allow_is_bidirectional_skip=True).shape == (2, 6)
         assert masks(both, padding=False, allow_is_bidirectional_skip=True) is None
         assert masks(causal).shape == (2, 6)
         assert masks(causal, padding=False) is None
@@ -306,6 +306,19 @@ def test_a_model_for_both_directions_that_does_not_say_so(name, side):
     ours = copy.deepcopy(eager)
     ours.set_attn_implementation("fastops")
     assert_same(eager, ours, *tokens_and_mask(side))
+
+
+@pytest.mark.parametrize("name", ["PegasusX", "BigBirdPegasus"])
+def test_a_decoder_that_says_it_is_not_causal(name):
+    sizes = {"layers": 1, "ffn_dim": 48, "attention_heads": 4}
+    sizes = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in sizes.items()}
+    config = getattr(transformers, f"{name}Config")(d_model=32, dropout=0.0, vocab_size=40, **sizes)
+    eager = getattr(transformers, f"{name}Model")._from_config(config, attn_implementation="eager").eval()
+    ours = copy.deepcopy(eager)
+    ours.set_attn_implementation("fastops")
+    tokens, mask = tokens_and_mask("right")
+    results = [m(tokens, mask, decoder_input_ids=tokens, decoder_attention_mask=mask)[0] for m in (eager, ours)]
+    torch.testing.assert_close(results[1][mask.bool()], results[0][mask.bool()], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["Bloom", "CodeGen", "XGLM"])

@@ -8,7 +8,6 @@ that padding, causality and windows reach the kernel as such, without a dense ma
 
     None    no padding; causal if the module is
     2       (B, Sk) bool, True at real tokens; causal if the module is, and queries and keys are equally many
-            (modules that do not say are taken for causal, so masks for both directions have four dimensions)
     4       (B or 1, H or 1, Sq or 1, Sk) bool (True attends) or float (added): the whole truth, nothing else applies
     5       (B, left + 1, right + 1, 1, Sk or 0): a window, and padding unless the last size is 0. Expanded, it costs no
             memory; a layer need not tell the window, and one that tells another is not believed
@@ -39,6 +38,7 @@ try:
     from transformers.masking_utils import (
         bidirectional_mask_function,
         causal_mask_function,
+        eager_mask,
         sdpa_mask,
         sliding_window_bidirectional_mask_function,
         sliding_window_causal_mask_function,
@@ -71,7 +71,7 @@ SELF_ATTENTION_ARGUMENTS = {
     "kwargs",
 }
 LENGTHS = "_fastops_lengths"
-_COMPUTES_ITSELF: dict[type, bool] = {}
+_MANNERS: dict[type, tuple[bool, bool]] = {}
 
 
 def fastops_attention(
@@ -222,8 +222,9 @@ def fastops_mask(
     Raises:
         ValueError: the model computes attention itself and would make of such a mask something else.
     """
+    uses_interface, tells_causality = manners(type(kwargs.get("config")))
     dense = functools.partial(
-        sdpa_mask,
+        sdpa_mask if tells_causality else eager_mask,  # parts of the others may add the mask themselves
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -235,7 +236,7 @@ def fastops_mask(
         allow_is_bidirectional_skip=False,
         **kwargs,
     )
-    if computes_attention_itself(type(kwargs.get("config"))):
+    if not uses_interface:
         model = type(kwargs["config"]).__name__.removesuffix("Config")
         raise ValueError(
             f'attn_implementation="{NAME}": models of {model} compute attention themselves, not through transformers\' '
@@ -243,7 +244,7 @@ def fastops_mask(
         )
     if attention_mask is not None and attention_mask.dim() == 5:
         return attention_mask  # generate() makes masks before it calls the model, which makes them again
-    if kv_offset != 0 or (attention_mask is not None and attention_mask.dim() != 2):
+    if not tells_causality or kv_offset != 0 or (attention_mask is not None and attention_mask.dim() != 2):
         return dense()
     padding = attention_mask
     if padding is not None:
@@ -252,12 +253,7 @@ def fastops_mask(
             # once for all layers; compiled, Inductor sees that they compute the same
             setattr(padding, LENGTHS, lengths_of(padding))
     if mask_function is bidirectional_mask_function:
-        if padding is None or not allow_is_bidirectional_skip:
-            return padding if allow_is_bidirectional_skip else dense()
-        both_ways = padding[:, None, None]  # not every module says that it is not causal
-        if not torch.compiler.is_compiling():
-            setattr(both_ways, LENGTHS, getattr(padding, LENGTHS))
-        return both_ways
+        return padding if allow_is_bidirectional_skip else dense()
     if not (allow_is_causal_skip or allow_is_bidirectional_skip) or not isinstance(q_offset, (int, torch.SymInt)):
         return dense()
     whole = q_length == kv_length and q_offset == 0
@@ -309,18 +305,19 @@ def captured(function: Any, pattern: Any) -> list[int] | None:
 
 
 @torch.compiler.assume_constant_result
-def computes_attention_itself(config_class: type) -> bool:
-    """Whether the models of such a configuration never call the attention function that was chosen for them."""
-    if config_class not in _COMPUTES_ITSELF:
-        _COMPUTES_ITSELF[config_class] = _computes_itself(config_class)
-    return _COMPUTES_ITSELF[config_class]
-
-
-def _computes_itself(config_class: type) -> bool:
-    name = config_class.__module__.replace("configuration_", "modeling_")
-    models = vars(sys.modules[name]).values() if name in sys.modules else ()
-    here = [m for m in models if isinstance(m, type) and issubclass(m, PreTrainedModel) and m.__module__ == name]
-    return bool(here) and not here[0]._can_set_attn_implementation()
+def manners(config_class: type) -> tuple[bool, bool]:
+    """Whether models of such a configuration call the attention function chosen for them, and whether its modules tell
+    rightly by `is_causal` what they are: that only "sdpa" and like backends ask, so it is wrong in models without them.
+    """
+    if config_class not in _MANNERS:
+        name = config_class.__module__.replace("configuration_", "modeling_")
+        known = vars(sys.modules[name]).values() if name in sys.modules else ()
+        models = [m for m in known if isinstance(m, type) and issubclass(m, PreTrainedModel) and m.__module__ == name]
+        _MANNERS[config_class] = (
+            not models or models[0]._can_set_attn_implementation(),
+            not models or any(m._supports_sdpa or m._supports_attention_backend for m in models),
+        )
+    return _MANNERS[config_class]
 
 
 @torch.compiler.assume_constant_result
