@@ -35,7 +35,6 @@ MAIN = (
     "rnn.*[LSTM,H512,D1,fp16,*",
     "rnn.*[GRU,H512,D1,fp16,*",
     "rnn.small_*[LSTM,H64,*",
-    "rnn.backward[LSTM,H64,*",
     "rnn.step_*[LSTM,*",
     "rnn_cell.*",
 )

@@ -6,6 +6,8 @@ GEMMs over all rows after it; both go to torch's own (cuBLAS). Only the recurren
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,9 @@ from fastops.kernels import rnn_plan, rnn_step
 from fastops.kernels._common import dot_precision, interpreted
 from fastops.kernels.rnn_backward import backward_kernel
 from fastops.kernels.rnn_forward import forward_kernel
-from fastops.kernels.rnn_plan import SLOTS, SMALL_STAGES, Machine, Plan
+from fastops.kernels.rnn_plan import SLOTS, Machine, Plan
 from fastops.kernels.rnn_small import small_forward_kernel
+from fastops.kernels.rnn_small_backward import small_backward_kernel
 
 # polls of a barrier before it is given up, more than ten seconds: nothing that can finish takes as long
 PATIENCE = 1 << 24
@@ -98,36 +101,37 @@ def forward(
         kind = {"MODE": mode, "H": hidden, "RAGGED": ragged, "SAVE": save, "MATH": math_of(input.dtype)}
         kind["PRECISION"] = _precision(input.dtype)
         if plan.tiles == 1:
-            _forward_alone(plan, tensors, sizes, strides, kind)
+            _launch_alone(small_forward_kernel, plan, tensors, sizes, strides, directions, kind)
         else:
-            _forward_together(plan, tensors, sizes, strides, kind)
+            _forward_together(plan, tensors, sizes, strides, directions, kind)
     c_n = cell.to(input.dtype) if mode == "LSTM" else input.new_empty(0)
     return output, h_n, c_n, gates if save and slots == 4 else input.new_empty(0), before, cells
 
 
-def _forward_alone(plan: Plan, tensors: tuple, sizes: tuple, strides: tuple, kind: dict) -> None:
-    """One program a batch tile."""
-    small_forward_kernel[(-(-sizes[1] // plan.block_b), tensors[1].shape[0])](
+def _launch_alone(
+    kernel: Any, plan: Plan, tensors: tuple, sizes: tuple, strides: tuple, directions: int, kind: dict
+) -> None:
+    """One program a batch tile and direction."""
+    kernel[(-(-sizes[1] // plan.block_b), directions)](
         *tensors,
         *sizes,
         *strides,
         BLOCK_H=plan.block_h,
         BLOCK_B=plan.block_b,
-        STAGES=SMALL_STAGES,
+        STAGES=plan.stages,
         **kind,
         **({} if interpreted() else plan.options),
     )
 
 
-def _forward_together(plan: Plan, tensors: tuple, sizes: tuple, strides: tuple, kind: dict) -> None:
+def _forward_together(plan: Plan, tensors: tuple, sizes: tuple, strides: tuple, directions: int, kind: dict) -> None:
     """Several programs a batch tile, which meet once a step."""
     *given, lengths, errors = tensors
-    w_hh, h_in, h_n = given[1], given[3], given[4]
-    directions = w_hh.shape[0]
+    h_in, h_n = given[3], given[4]
     # the interpreter runs programs one after another: where they would meet, each step is a launch of its own
     windows = [(s, s + 1) for s in range(sizes[0])] if interpreted() else [(0, sizes[0])]
     for first, count in _launches(sizes[1], plan):
-        counters = torch.zeros(directions * count, dtype=torch.int32, device=w_hh.device)
+        counters = torch.zeros(directions * count, dtype=torch.int32, device=h_in.device)
         given[3] = h_in
         for s_start, s_end in windows:
             forward_kernel[(plan.tiles * count * directions,)](
@@ -212,36 +216,12 @@ def backward(
         rnn_step.backward_steps((*tensors, errors), sizes, strides, steps, mode, ragged, math_of(input.dtype))
     else:
         plan = _plan(engine, mode, hidden, batch, directions, input, backward=True)
-        alone = interpreted() and plan.tiles > 1
-        for first, count in _launches(batch, plan):
-            counters = torch.zeros(directions * count, dtype=torch.int32, device=input.device)
-            windows = [(s, s + 1) for s in reversed(range(steps))] + [(0, 0)] if alone else [(0, steps)]
-            for s_start, s_end in windows:
-                backward_kernel[(plan.tiles * count * directions,)](
-                    *tensors,
-                    counters,
-                    errors,
-                    *sizes,
-                    *strides,
-                    first,
-                    count,
-                    s_start,
-                    s_end,
-                    PATIENCE,
-                    MODE=mode,
-                    H=hidden,
-                    BLOCK_H=plan.block_h,
-                    BLOCK_B=plan.block_b,
-                    BLOCK_K=plan.block_k,
-                    SPLIT=plan.split,
-                    GROUP=plan.group,
-                    RAGGED=ragged,
-                    BARRIER=plan.tiles > 1 and not alone,
-                    FINISH=not alone or s_end == 0,
-                    PRECISION=_precision(input.dtype),
-                    MATH=math_of(input.dtype),
-                    **({} if interpreted() else plan.options),
-                )
+        kind = {"MODE": mode, "H": hidden, "RAGGED": ragged, "MATH": math_of(input.dtype)}
+        kind["PRECISION"] = _precision(input.dtype)
+        if plan.tiles == 1:
+            _launch_alone(small_backward_kernel, plan, tensors, sizes, strides, directions, kind)
+        else:
+            _backward_together(plan, (*tensors, errors), sizes, strides, directions, kind)
     found = [_input_gradient(input, weights, per, d_gates, mode, batch_first, batch_rows) if needs[0] else None]
     found.append(d_state.to(input.dtype) if needs[1] else None)
     found.append(d_cell.to(input.dtype) if needs[2] else None)
@@ -252,6 +232,37 @@ def backward(
         wanted = needs[3 + per * direction : 3 + per * (direction + 1)]
         found += _weight_gradients(mode, x, before[direction], d_gates[direction], hidden, wanted)
     return [input.new_empty(0) if gradient is None else gradient for gradient in found]
+
+
+def _backward_together(plan: Plan, tensors: tuple, sizes: tuple, strides: tuple, directions: int, kind: dict) -> None:
+    """Several programs a batch tile, which meet once a step."""
+    *given, errors = tensors
+    steps = sizes[0]
+    windows = [(s, s + 1) for s in reversed(range(steps))] + [(0, 0)] if interpreted() else [(0, steps)]
+    for first, count in _launches(sizes[1], plan):
+        counters = torch.zeros(directions * count, dtype=torch.int32, device=given[0].device)
+        for s_start, s_end in windows:
+            backward_kernel[(plan.tiles * count * directions,)](
+                *given,
+                counters,
+                errors,
+                *sizes,
+                *strides,
+                first,
+                count,
+                s_start,
+                s_end,
+                PATIENCE,
+                BLOCK_H=plan.block_h,
+                BLOCK_B=plan.block_b,
+                BLOCK_K=plan.block_k,
+                SPLIT=plan.split,
+                GROUP=plan.group,
+                BARRIER=not interpreted(),
+                FINISH=not interpreted() or s_end == 0,
+                **kind,
+                **({} if interpreted() else plan.options),
+            )
 
 
 def _steps_and_batch(input: Tensor, batch_first: bool) -> tuple[int, int]:

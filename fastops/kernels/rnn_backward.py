@@ -1,10 +1,10 @@
-"""Backward pass of a recurrent layer: the gradients of the slot sums, all time steps and directions in one launch.
+"""Backward pass of a recurrent layer over several programs a batch tile: the gradients of the slot sums, in one launch.
 
 Same tiles as the forward kernel, steps in reverse. Every step turns dh and dc into gradients of the slot sums, which
 are stored (the gradients of weights, biases and input are large products over T * B rows after the kernel), and
-`dh[BLOCK_H, BLOCK_B] = W_slice^T @ d_sums^T` sums over all gates and units. With one program per batch tile that
-product stays on chip. With several, its long inner dimension is split over the warps of a program by a batched
-product, each warp with its part of W_slice, and the gradients are exchanged through the buffer they are stored in.
+`dh[BLOCK_H, BLOCK_B] = W_slice^T @ d_sums^T` sums over all gates and units. Its long inner dimension is split over the
+warps of a program by a batched product, each warp with its part of W_slice, and the gradients are exchanged through the
+buffer they are stored in.
 
 Bytes per step and program: reads GATES * H * BLOCK_B gradients (from L2), the saved slots, c and dy of its own tile;
 writes its own slots' gradients. dh and dc stay in fp32 registers from the last step to the first.
@@ -60,8 +60,7 @@ def backward_kernel(
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     SLOTS: tl.constexpr = 4 if MODE == "LSTM" or MODE == "GRU" else 1
     GATES: tl.constexpr = 3 if MODE == "GRU" else SLOTS
-    ON_CHIP: tl.constexpr = TILES == 1
-    CHUNKS: tl.constexpr = 1 if ON_CHIP else (H + BLOCK_K - 1) // BLOCK_K
+    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     SHIFT: tl.constexpr = 2 if MODE == "GRU" else 0
 
     pid = tl.program_id(0)
@@ -74,15 +73,10 @@ def backward_kernel(
     weights = ()
     for index in tl.static_range(GATES * CHUNKS):
         gate = (index // CHUNKS + SHIFT) % GATES
-        if ON_CHIP:
-            ks = tl.arange(0, BLOCK_H)
-            ptrs = w_hh_ptr + (gate * H + ks)[None, :] * H + unit[:, None]
-            weights = weights + (tl.load(ptrs, mask=unit_real[:, None] & (ks < H)[None, :], other=0.0),)
-        else:
-            ks = inner(index % CHUNKS, BLOCK_K, SPLIT)
-            ptrs = w_hh_ptr + (gate * H + ks)[:, None, :] * H + unit[None, :, None]
-            mask = unit_real[None, :, None] & (ks < H)[:, None, :]
-            weights = weights + (tl.load(ptrs, mask=mask, other=0.0),)
+        ks = inner(index % CHUNKS, BLOCK_K, SPLIT)
+        ptrs = w_hh_ptr + (gate * H + ks)[:, None, :] * H + unit[None, :, None]
+        mask = unit_real[None, :, None] & (ks < H)[:, None, :]
+        weights = weights + (tl.load(ptrs, mask=mask, other=0.0),)
 
     # steps are numbered as in the forward kernel; s counts them down
     sign = 1 - 2 * direction
@@ -124,7 +118,7 @@ def backward_kernel(
             readable = unit_real[:, None] & (s < length)[None, :]
             running = real & readable
         # the loads of this step go before the wait where registers allow it
-        if not ON_CHIP and BLOCK_B > 16:
+        if BLOCK_B > 16:
             if s + 1 < longest:
                 if BARRIER:
                     patience = wait(counter_ptr, back * TILES, patience)
@@ -148,7 +142,7 @@ def backward_kernel(
             earlier = tl.load(history_ptr + own_history, mask=readable, other=0.0).to(tl.float32)
         dy = tl.load(d_output_ptr + own_output, mask=readable, other=0.0).to(tl.float32)
 
-        if not ON_CHIP and BLOCK_B <= 16:
+        if BLOCK_B <= 16:
             if s + 1 < longest:
                 if BARRIER:
                     patience = wait(counter_ptr, back * TILES, patience)
@@ -167,13 +161,6 @@ def backward_kernel(
             tl.store(d_gates_ptr + own_slots + 3 * H, d3, mask=running)
         if BARRIER:
             arrive(counter_ptr)
-        if ON_CHIP:
-            direct = tl.dot(weights[0], d0, direct, input_precision=PRECISION)
-            if GATES > 1:
-                direct = tl.dot(weights[1], d1, direct, input_precision=PRECISION)
-                direct = tl.dot(weights[2], d2, direct, input_precision=PRECISION)
-            if GATES > 3:
-                direct = tl.dot(weights[3], d3, direct, input_precision=PRECISION)
         if RAGGED:
             dh = tl.where(readable, direct, dh)
             if MODE == "LSTM":
@@ -189,7 +176,7 @@ def backward_kernel(
         history_ptr -= y_step if SLOTS == 1 else g_step * H
         d_output_ptr -= d_step
 
-    if FINISH and not ON_CHIP:
+    if FINISH:
         if longest > 0:
             if BARRIER:
                 patience = wait(counter_ptr, (s_end - s_start) * TILES, patience)

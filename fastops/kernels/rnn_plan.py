@@ -14,7 +14,6 @@ from fastops import _env
 SLOTS = {"LSTM": 4, "GRU": 4, "RNN_TANH": 1, "RNN_RELU": 1}
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 SMALL_HIDDEN = 128
-SMALL_STAGES = 2  # the input product of the next step is on its way during a step
 PERSISTENT_HIDDEN = 1024
 
 # bytes a block may use, by compute capability, and multiprocessors to plan with where there is no GPU to ask
@@ -60,6 +59,7 @@ class Plan:
     split: int = 1  # parts of the inner dimension, backward
     group: int = 1  # pieces of the gradients on their way to one product, backward
     alone: bool = False  # planned to have a multiprocessor to itself
+    stages: int = 1  # of the pipeline that fetches what the next step reads, small engine
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -85,24 +85,23 @@ def small(mode: str, hidden: int, itemsize: int, machine: Machine, backward: boo
     """One program per batch tile with all of W_hh on chip, or why not."""
     if hidden > SMALL_HIDDEN:
         return f"the small engine takes a hidden size of at most {SMALL_HIDDEN}, got {hidden}"
-    if machine.target in TENSOR_MEMORY and backward and mode == "LSTM" and hidden > 64:
-        return (
-            f"with tensor memory (sm_{machine.target}) the small engine's backward pass takes hidden sizes up to 64, "
-            f"got {hidden}"
-        )
     side = power_of_two(hidden)
-    held = (GATES if backward else SLOTS)[mode]
-    # backward: gradients on their way to the product; forward: the input products of so many steps
-    exchanged = 16 * held * side * itemsize * (1 if backward else SMALL_STAGES)
-    needed = itemsize * held * side * side + exchanged
-    if needed > machine.shared_bytes - (4096 if backward else 0):
-        return (
-            f"W_hh of hidden size {hidden} needs {needed} bytes of shared memory, sm_{machine.target} has "
-            f"{machine.shared_bytes} a block"
-        )
-    # forward: a warp for every 8 units has all slots of a unit in one thread
-    warps = (4 if side <= 32 else 8) if backward else side // 8
-    return Plan(side, 16, side, 1, 1 << 30, warps, alone=not backward and side >= 64)
+    slots, gates = SLOTS[mode], GATES[mode]
+    least = 0
+    for stages in (2, 1):  # with two, what the next step reads is on its way during a step
+        if backward:
+            held, scratch = gates, itemsize * (gates + slots)
+            fetched = itemsize * (slots + 1) + 4
+        else:
+            held, scratch, fetched = slots, itemsize * slots, itemsize * slots
+        least = itemsize * held * side * side + 16 * side * (scratch + (stages - 1) * fetched)
+        if least <= machine.shared_bytes:
+            # a warp for every 8 units has all slots of a unit in one thread
+            return Plan(side, 16, side, 1, 1 << 30, side // 8, alone=side >= 64, stages=stages)
+    return (
+        f"W_hh of hidden size {hidden} needs {least} bytes of shared memory, sm_{machine.target} has "
+        f"{machine.shared_bytes} a block"
+    )
 
 
 def persistent(

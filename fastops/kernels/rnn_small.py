@@ -50,7 +50,6 @@ def small_forward_kernel(
     STAGES: tl.constexpr,
 ):
     SLOTS: tl.constexpr = 4 if MODE == "LSTM" or MODE == "GRU" else 1
-    GATES: tl.constexpr = 3 if MODE == "GRU" else SLOTS
 
     direction = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -62,12 +61,8 @@ def small_forward_kernel(
     column = tl.arange(0, SLOTS * BLOCK_H)
     slot = column // BLOCK_H
     column_unit = column % BLOCK_H
-    gate = (slot + 2) % 3 if MODE == "GRU" else slot
-    weights = tl.load(
-        w_hh_ptr + direction.to(tl.int64) * (GATES * H * H) + ((gate * H + column_unit) * H)[None, :] + unit[:, None],
-        mask=(unit < H)[:, None] & ((column_unit < H) & (slot < GATES))[None, :],
-        other=0.0,
-    )
+    places, part = recurrent_columns(column, direction, MODE, H, BLOCK_H)
+    weights = tl.load(w_hh_ptr + places[None, :] + unit[:, None], mask=(unit < H)[:, None] & part[None, :], other=0.0)
     # the input product has no part in the first slot of a GRU
     column_real = ((column_unit < H) & ((slot > 0) | (MODE != "GRU")))[None, :]
     bias = 0.0
@@ -140,3 +135,13 @@ def small_forward_kernel(
     tl.store(h_out_ptr + state_row, h, mask=real)
     if MODE == "LSTM":
         tl.store(cell_ptr + state_row, c, mask=real)
+
+
+@triton.jit
+def recurrent_columns(column, direction, MODE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Where the row of W_hh of each slot column begins, and whether there is one: a GRU's last slot has none."""
+    GATES: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
+    slot = column // BLOCK_H
+    gate = (slot + 2) % 3 if MODE == "GRU" else slot
+    place = direction.to(tl.int64) * (GATES * H * H) + (gate * H + column % BLOCK_H) * H
+    return place, (column % BLOCK_H < H) & (slot < GATES)

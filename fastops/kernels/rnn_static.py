@@ -6,8 +6,9 @@ from fastops.kernels import rnn_step
 from fastops.kernels._static import StaticCase
 from fastops.kernels.rnn_backward import backward_kernel
 from fastops.kernels.rnn_forward import forward_kernel
-from fastops.kernels.rnn_plan import SMALL_STAGES, Machine, Plan, persistent, small
+from fastops.kernels.rnn_plan import Machine, Plan, persistent, small
 from fastops.kernels.rnn_small import small_forward_kernel
+from fastops.kernels.rnn_small_backward import small_backward_kernel
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 MATH = {"fp16": "fast", "bf16": "approx", "fp32": "exact"}
@@ -83,7 +84,7 @@ def forward_case(
     kernel, name = forward_kernel, "forward"
     if plan.tiles == 1:
         kernel, name = small_forward_kernel, "small_forward"
-        constexprs = {k: v for k, v in constexprs.items() if k not in ("BLOCK_K", "BARRIER")} | {"STAGES": SMALL_STAGES}
+        constexprs = _alone(plan, constexprs)
     return _case(kernel, name, plan, constexprs, mode, hidden, batch, directions, dtype, words, target)
 
 
@@ -92,9 +93,19 @@ def backward_case(
 ) -> StaticCase:
     """One backward launch."""
     constexprs = _constexprs(plan, mode, hidden, dtype, ragged)
-    constexprs |= {"SPLIT": plan.split, "GROUP": plan.group, "FINISH": True}
+    kernel, name = backward_kernel, "backward"
+    if plan.tiles == 1:
+        kernel, name = small_backward_kernel, "small_backward"
+        constexprs = _alone(plan, constexprs)
+    else:
+        constexprs |= {"SPLIT": plan.split, "GROUP": plan.group, "FINISH": True}
     words = "ragged" if ragged else ""
-    return _case(backward_kernel, "backward", plan, constexprs, mode, hidden, batch, directions, dtype, words, target)
+    return _case(kernel, name, plan, constexprs, mode, hidden, batch, directions, dtype, words, target)
+
+
+def _alone(plan: Plan, constexprs: dict[str, object]) -> dict[str, object]:
+    """What a small kernel takes of them."""
+    return {k: v for k, v in constexprs.items() if k not in ("BLOCK_K", "BARRIER")} | {"STAGES": plan.stages}
 
 
 def _plan(
