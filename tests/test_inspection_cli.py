@@ -244,7 +244,7 @@ def test_a_capability_between_goes_by_the_one_below(launched_on, yes, no):
 def test_targets_keep_to_where_a_kernel_is_launched(monkeypatch, capsys):
     cases = [product(BK=64, targets=(80, 86)), product(BK=32, targets=(90,))]
     monkeypatch.setattr(catalog, "library_cases", lambda: cases)
-    code, out, _ = fastops(capsys, "-t", "sm_80,sm_89,sm_90", "--json", "-")
+    code, out, _ = fastops(capsys, "--all", "-t", "sm_80,sm_89,sm_90", "--json", "-")
     assert code == 0
     found = [(one["name"], one["target"], one["launched"]) for one in json.loads(out)["kernels"]]
     everywhere, hopper = (case.name for case in cases)
