@@ -127,7 +127,7 @@ def test_small_step_is_short_and_fetches_the_next_input_product(dtype, instructi
 
 def test_small_backward_step_is_short_and_fetches_what_the_next_one_reads():
     plan = small("LSTM", 64, 2, Machine.of(90), True)
-    report, body = check(backward_case(plan, "LSTM", 64, 64, 1, "fp16", False, 90))
+    _, body = check(backward_case(plan, "LSTM", 64, 64, 1, "fp16", False, 90))
     assert len(body) <= 285  # 277
     assert count(body, "HMMA") == 16
     assert count(body, "LDGSTS") == 4
