@@ -336,6 +336,23 @@ def test_odd_sizes_strides_and_nan(device, impl):
         torch.testing.assert_close(found, value, equal_nan=True)
 
 
+@pytest.mark.parametrize("impl", ["small", "step"])
+def test_the_gradient_of_a_nan_passes_a_relu_as_in_torch(device, impl):
+    layer = Layer("RNN_RELU", torch.float32, 3, 2, 4, 5, device=device)
+    _, _, _, weights = layer.leaves(torch.float32)
+    found = []
+    for function in (lambda *given: recurrent_layer(*given, impl=impl), reference):
+        x = torch.zeros(3, 2, 4, device=device)
+        x[1, 0] = float("nan")
+        x.requires_grad_()
+        h0 = torch.zeros(1, 2, 5, device=device, requires_grad=True)
+        output = function("RNN_RELU", x, h0, None, weights)[0]
+        found.append(torch.autograd.grad(output[2, 1].sum() + output[1, 0].sum(), [x, h0]))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+    assert found[0][0][1, 0].any()
+
+
 def test_meta_tensors_run_on_stock():
     layer = Layer("LSTM", torch.float32, 3, 2, 4, 5)
     x, _, _, weights = layer.leaves(torch.float32)

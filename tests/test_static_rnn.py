@@ -140,7 +140,7 @@ def test_backward_runs_on_products_of_16_rows_by_choice():
     report, body = check(backward_case(plan, "LSTM", 512, 64, 1, "fp16", False, 90))
     assert plan.block_h == 16
     assert report.tensor_core == "HMMA"
-    assert len(body) <= 600  # 496 with Triton 3.7.1, 594 with 3.6.0
+    assert len(body) <= 600  # 497 with Triton 3.7.1, 594 with 3.6.0
     assert count(body, "HMMA") == 32  # none twice: 16 x 2048 x 16 over 8 warps
     assert count(body, "LDG") == 24
 

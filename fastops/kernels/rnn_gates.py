@@ -103,7 +103,7 @@ def step_backward(MODE: tl.constexpr, MATH: tl.constexpr, s0, s1, s2, s3, c, ear
     elif MODE == "RNN_TANH":
         d0 = dh * (1.0 - earlier * earlier)
     else:
-        d0 = tl.where(earlier > 0.0, dh, 0.0)
+        d0 = tl.where(earlier <= 0.0, 0.0, dh)  # NaN passes, as in torch
     return d0, d1, d2, d3, dc, direct
 
 
