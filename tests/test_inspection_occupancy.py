@@ -128,7 +128,10 @@ def test_waves_and_tail():
         *(("RTX 3090", 86, "RTX 3090"), ("rtx3090", 86, "RTX 3090"), ("3090", 86, "RTX 3090"), ("h100", 90, "H100")),
         *(("NVIDIA GeForce RTX 3090", 86, "RTX 3090"), ("NVIDIA H100 80GB HBM3", 90, "H100")),
         *(("NVIDIA H100 PCIe", 90, "H100 PCIe"), ("A100-SXM4-80GB", 80, "A100"), ("3090 ti", 86, "RTX 3090 Ti")),
-        ("A100-SXM4-40GB", 80, "A100 40GB"),
+        *(("A100-SXM4-40GB", 80, "A100 40GB"), ("NVIDIA A100-PCIE-40GB", 80, "A100 40GB")),
+        *(("NVIDIA A100 80GB PCIe", 80, "A100"), ("NVIDIA GH200 480GB", 90, "GH200")),
+        *(("NVIDIA RTX 6000 Ada Generation", 89, "RTX 6000 Ada"), ("NVIDIA H100 NVL", 90, "H100 NVL")),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 120, "RTX PRO 6000"),
         *(("NVIDIA L40S", 89, "L40S"), ("sm_120", 120, "RTX 5090"), ("10.0", 100, "B200"), ("L4", 89, "L4")),
     ],
 )

@@ -130,6 +130,7 @@ GPUS = (
 # the card whose size stands for "sm_90" where only the capability was named
 _TYPICAL = {80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 100: "B200", 120: "RTX 5090"}
 _NOISE = re.compile(r"\b(nvidia|geforce|tesla|gpu|sxm\d?|hbm\d?e?|80gb|141gb|96gb|24gb|10gb)\b")
+_VARIANT = re.compile(r"\b(pcie|generation|blackwell|server|workstation|edition|480gb|48gb)\b")
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,11 @@ def find_target(text: str) -> Target:
         known = ", ".join(capability.name for capability in CAPABILITIES.values())
         raise ValueError(f"target {text!r}: no limits are known for sm_{number}; known: {known}")
     names = {_squeeze(gpu.name): gpu for gpu in GPUS}
-    wanted = _squeeze(_NOISE.sub(" ", plain)) if _squeeze(plain) not in names else _squeeze(plain)
-    found = names.get(wanted) or names.get("rtx" + wanted)
+    less = _NOISE.sub(" ", plain)
+    wanted = _squeeze(less)
+    # a variant with figures of its own before the product at large
+    asked = (_squeeze(plain), wanted, "rtx" + wanted, _squeeze(_VARIANT.sub(" ", less)))
+    found = next((names[name] for name in asked if name in names), None)
     if found is None:
         close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(names[name].name for name in close)}? " if close else ""
