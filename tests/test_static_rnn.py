@@ -128,7 +128,7 @@ def test_small_step_is_short_and_fetches_the_next_input_product(dtype, instructi
 def test_small_backward_step_is_short_and_fetches_what_the_next_one_reads():
     plan = small("LSTM", 64, 2, Machine.of(90), True)
     _, body = check(backward_case(plan, "LSTM", 64, 64, 1, "fp16", False, 90))
-    assert len(body) <= 285  # 277
+    assert len(body) <= 295  # 277 with Triton 3.7.1, 287 with 3.6.0
     assert count(body, "HMMA") == 16
     assert count(body, "LDGSTS") == 4
     assert count(body, "LDG") == 0
