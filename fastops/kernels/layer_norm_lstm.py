@@ -49,7 +49,10 @@ def _small_options(block_h: int, backward: bool, plain: bool = True) -> dict[str
     # one stage: loads kept in flight would need the shared memory that W_hh is in
     if block_h > 64 and plain:  # masks and lengths would spill the half of the registers that 16 warps have each
         return {"num_warps": 16, "num_stages": 1}
-    return {"num_warps": 8 if block_h > (32 if backward else 64) else 4, "num_stages": 1}
+    if block_h > (32 if backward else 64):
+        return {"num_warps": 8, "num_stages": 1}
+    # the assembler would rather spill than use more than a quarter of the registers
+    return {"num_warps": 4, "num_stages": 1, "maxnreg": 255}
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -254,17 +257,18 @@ def static_cases() -> list[StaticCase]:
             else:
                 signature[name] = "fp32" if name in ("keep_h", "keep_c", "eps") else "i32"
         aligned = [n for n in signature if n.endswith("_ptr") or n.startswith("stride_") or n in ("hidden", "batch")]
+        options = {"num_warps": _step_warps(block_h)}
+        if small:
+            options = _small_options(block_h, "backward" in kernel.__name__)
         cases.append(
             StaticCase(
                 name=f"layer_norm_lstm.{kernel.__name__.removesuffix('_kernel')}[H{hidden},{dtype}]",
                 kernel=kernel,
                 signature=signature,
                 constexprs=constexprs,
-                **(
-                    _small_options(block_h, "backward" in kernel.__name__)
-                    if small
-                    else {"num_warps": _step_warps(block_h)}
-                ),
+                num_warps=options.pop("num_warps"),
+                num_stages=options.pop("num_stages", 3),
+                options=options,
                 divisible_by_16=tuple(aligned),
                 targets=(80, 90, 100) if small and block_h > 64 else (80, 86, 90, 100),
                 grid=4 if small else 64,

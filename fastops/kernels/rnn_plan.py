@@ -166,9 +166,12 @@ def _backward_plans(mode: str, hidden: int, directions: int, itemsize: int, mach
     least = 16 * warps  # the shortest inner side of a product, for each warp
     for block_b in (16, 32):
         fits = machine.multiprocessors // (tiles * directions)
+        # many long pieces of 32 rows spill under Triton 3.6, but with tensor memory short ones do so more
+        roomy = block_b == 16 or machine.target in TENSOR_MEMORY
+        longest = 16384 // block_b if roomy else 256
         # gradients on their way to one product: the more, the fewer joins of the program a step
-        for staged in (65536, 32768, 16384):
-            sizes = (k for k in (1024, 512, 256, 128) if k * block_b <= 16384 and itemsize * k * block_b <= staged)
+        for staged in (65536, 32768, 16384) if roomy else (32768, 16384):
+            sizes = (k for k in (1024, 512, 256, 128) if k <= longest and itemsize * k * block_b <= staged)
             block_k = next((k for k in sizes if -(-hidden // k) * k <= 1.15 * hidden), least)
             pieces = gates * -(-hidden // block_k)
             slice_bytes = itemsize * pieces * block_k * block_h
