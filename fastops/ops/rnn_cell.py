@@ -284,7 +284,8 @@ def _check(
 ) -> None:
     gates = GATES[name]
     if input.dim() != 2:
-        raise RuntimeError(f"{name}: expected a 2-D input (batch, input_size), got {tuple(input.shape)}")
+        kind = IndexError if input.dim() < 2 else RuntimeError  # torch's
+        raise kind(f"{name}: expected a 2-D input (batch, input_size), got {tuple(input.shape)}")
     if w_ih.dim() != 2 or w_hh.dim() != 2:
         raise RuntimeError(f"{name}: expected 2-D weights, got w_ih {tuple(w_ih.shape)} and w_hh {tuple(w_hh.shape)}")
     if input.shape[1] != w_ih.shape[1]:
@@ -308,7 +309,9 @@ def _check(
     others = {"hx": states[0], "cx": states[-1], "weight_ih": w_ih, "weight_hh": w_hh, "bias_ih": b_ih, "bias_hh": b_hh}
     for what, tensor in others.items():
         if tensor is not None and tensor.dtype != input.dtype:
-            raise RuntimeError(f"{name}: input is {input.dtype}, {what} is {tensor.dtype}; they must be the same")
+            # torch promotes c on the CPU, and refuses it as we do on a GPU
+            kind = _env.KernelUnavailable if what == "cx" else RuntimeError
+            raise kind(f"{name}: input is {input.dtype}, {what} is {tensor.dtype}; they must be the same")
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"{name}: input is on {input.device}, {what} is on {tensor.device}")
 
