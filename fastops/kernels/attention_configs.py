@@ -132,12 +132,11 @@ def _dkdv(block_d: int, form: Form) -> Config:
     if block_d > 128:
         return Config(64, 64, 4, 1, lean=True, split=True)
     if block_d <= 64:
-        # two stages serialise the MMAs of loops without a diagonal, and with dropout in Triton 3.9
-        deep = form.causal and form.plain and not form.dropout and (form.tma or not form.packed)
-        return Config(64, 64, 4, 2 if deep else 1)
+        return Config(64, 64, 4, 1)  # two stages serialise the MMAs, in Triton 3.9 those of causal loops as well
     busy = form.dropout or form.causal or form.packed or form.grouped or form.keyed
     if form.tma:
-        return Config(64, 64, 4, 2 if busy and form.plain and not form.grouped else 1, lean=busy or not form.plain)
+        deep = busy and form.plain and not form.grouped and not form.keyed  # beside a key mask Triton 3.9 serialises
+        return Config(64, 64, 4, 2 if deep else 1, lean=busy or not form.plain)
     return Config(64, 64, 4, 1, lean=True, split=busy)
 
 

@@ -49,10 +49,7 @@ def _small_options(block_h: int, backward: bool, plain: bool = True) -> dict[str
     # one stage: loads kept in flight would need the shared memory that W_hh is in
     if block_h > 64 and plain:  # masks and lengths would spill the half of the registers that 16 warps have each
         return {"num_warps": 16, "num_stages": 1}
-    if block_h > (32 if backward else 64):
-        return {"num_warps": 8, "num_stages": 1}
-    # the assembler would rather spill than use more than a quarter of the registers
-    return {"num_warps": 4, "num_stages": 1, "maxnreg": 255}
+    return {"num_warps": 8 if block_h > (32 if backward else 64) else 4, "num_stages": 1}
 
 
 def _precision(dtype: torch.dtype) -> str:
