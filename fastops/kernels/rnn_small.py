@@ -4,7 +4,7 @@ A program owns BLOCK_B rows of the batch in one direction. Every step computes
 `sums[BLOCK_B, slots * BLOCK_H] = x_slots + h @ W_hh^T`. The batch is the short side of the product, so that
 all slots of a unit lie in one thread (a warp for every 8 units) and what comes out of the product goes into the
 pointwise part without passing through shared memory. The input product of the next step is fetched a whole step ahead:
-STAGES is the depth of that pipeline, 2.
+STAGES is the depth of that pipeline: 2, or 1 where shared memory has no room for the input products of two steps.
 
 Bytes per step and program: reads slots * H * BLOCK_B of the input product, writes BLOCK_B * H of h, and with SAVE the
 slots, c and the state before the step. W_hh is read once per launch.
@@ -50,6 +50,7 @@ def small_forward_kernel(
     STAGES: tl.constexpr,
 ):
     SLOTS: tl.constexpr = 4 if MODE == "LSTM" or MODE == "GRU" else 1
+    GATES: tl.constexpr = 3 if MODE == "GRU" else SLOTS
 
     direction = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -61,8 +62,11 @@ def small_forward_kernel(
     column = tl.arange(0, SLOTS * BLOCK_H)
     slot = column // BLOCK_H
     column_unit = column % BLOCK_H
-    places, part = recurrent_columns(column, direction, MODE, H, BLOCK_H)
-    weights = tl.load(w_hh_ptr + places[None, :] + unit[:, None], mask=(unit < H)[:, None] & part[None, :], other=0.0)
+    gate = (slot + 2) % 3 if MODE == "GRU" else slot
+    w_hh_ptr += direction.to(tl.int64) * (GATES * H * H)
+    w_ptrs = w_hh_ptr + ((gate * H + column_unit) * H)[None, :] + unit[:, None]
+    w_real = (unit < H)[:, None] & ((column_unit < H) & (slot < GATES))[None, :]
+    weights = tl.load(w_ptrs, mask=w_real, other=0.0)
     # the input product has no part in the first slot of a GRU
     column_real = ((column_unit < H) & ((slot > 0) | (MODE != "GRU")))[None, :]
     bias = 0.0
@@ -98,19 +102,16 @@ def small_forward_kernel(
     before_ptrs = before_ptr + (g_row * H)[:, None] + unit[None, :]
     cells_ptrs = cells_ptr + (g_row * H)[:, None] + unit[None, :]
     for s in tl.range(0, steps, num_stages=STAGES):
-        running = real
+        running, readable = real, column_real
         if RAGGED:
-            running = real & (s < length)[:, None]
-            x = tl.load(x_ptrs, mask=column_real & (s < length)[:, None], other=0.0)
-        else:
-            x = tl.load(x_ptrs, mask=column_real, other=0.0)
+            alive = (s < length)[:, None]
+            running, readable = real & alive, column_real & alive
+        x = tl.load(x_ptrs, mask=readable, other=0.0)
         if SAVE:
             tl.store(before_ptrs, h, mask=running)
         sums = tl.dot(h, weights, x.to(tl.float32), input_precision=PRECISION)
         if SLOTS == 4:
-            even, odd = tl.split(tl.permute(tl.reshape(sums, (BLOCK_B, 2, 2, BLOCK_H)), (0, 3, 1, 2)))
-            s0, s2 = tl.split(even)
-            s1, s3 = tl.split(odd)
+            s0, s1, s2, s3 = split_slots(sums, BLOCK_B, BLOCK_H)
         else:
             s0, s1, s2, s3 = sums, 0.0, 0.0, 0.0
         next_h, next_c, s0, s1, s2, s3 = step_forward(MODE, MATH, s0 + bias, s1, s2, s3, h.to(tl.float32), c)
@@ -122,9 +123,8 @@ def small_forward_kernel(
         h = next_h
         c = next_c
         if SAVE and SLOTS == 4:
-            slots = tl.permute(tl.join(tl.join(s0, s2), tl.join(s1, s3)), (0, 2, 3, 1))
             slots_running = (column_unit < H)[None, :] & ((row < B) & (s < length))[:, None]
-            tl.store(x_ptrs, tl.reshape(slots, (BLOCK_B, SLOTS * BLOCK_H)), mask=slots_running)
+            tl.store(x_ptrs, join_slots(s0, s1, s2, s3, BLOCK_B, BLOCK_H), mask=slots_running)
         if SAVE and MODE == "LSTM":
             tl.store(cells_ptrs, c, mask=running)
         x_ptrs += g_step * (SLOTS * H)
@@ -138,10 +138,16 @@ def small_forward_kernel(
 
 
 @triton.jit
-def recurrent_columns(column, direction, MODE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Where the row of W_hh of each slot column begins, and whether there is one: a GRU's last slot has none."""
-    GATES: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
-    slot = column // BLOCK_H
-    gate = (slot + 2) % 3 if MODE == "GRU" else slot
-    place = direction.to(tl.int64) * (GATES * H * H) + (gate * H + column % BLOCK_H) * H
-    return place, (column % BLOCK_H < H) & (slot < GATES)
+def split_slots(tile, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The four slots, (BLOCK_B, BLOCK_H) each, that lie side by side in a tile."""
+    even, odd = tl.split(tl.permute(tl.reshape(tile, (BLOCK_B, 2, 2, BLOCK_H)), (0, 3, 1, 2)))
+    s0, s2 = tl.split(even)
+    s1, s3 = tl.split(odd)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def join_slots(s0, s1, s2, s3, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The tile of which split_slots gives the parts."""
+    slots = tl.permute(tl.join(tl.join(s0, s2), tl.join(s1, s3)), (0, 2, 3, 1))
+    return tl.reshape(slots, (BLOCK_B, 4 * BLOCK_H))

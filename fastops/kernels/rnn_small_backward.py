@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastops.kernels.rnn_gates import step_backward
-from fastops.kernels.rnn_small import FREE
+from fastops.kernels.rnn_small import FREE, join_slots, split_slots
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -107,9 +107,7 @@ def small_backward_kernel(
         s0, s1, s2, s3 = dh, dh, dh, dh
         if SLOTS == 4:
             slots = tl.load(slot_ptrs, mask=slots_readable, other=0.0).to(tl.float32)
-            even, odd = tl.split(tl.permute(tl.reshape(slots, (BLOCK_B, 2, 2, BLOCK_H)), (0, 3, 1, 2)))
-            s0, s2 = tl.split(even)
-            s1, s3 = tl.split(odd)
+            s0, s1, s2, s3 = split_slots(slots, BLOCK_B, BLOCK_H)
         if MODE == "LSTM":
             before = tl.load(cell_ptrs, mask=unit_real & ((s > 0) & (s - 1 < length))[:, None], other=0.0)
             earlier = tl.where((s + tl.zeros((BLOCK_B,), tl.int32) > 0)[:, None], before, first_c)
@@ -122,8 +120,7 @@ def small_backward_kernel(
         d0 = d0.to(dtype)
         if SLOTS == 4:
             d1, d2, d3 = d1.to(dtype), d2.to(dtype), d3.to(dtype)
-            joined = tl.permute(tl.join(tl.join(d0, d2), tl.join(d1, d3)), (0, 2, 3, 1))
-            d_slots = tl.reshape(joined, (BLOCK_B, SLOTS * BLOCK_H))
+            d_slots = join_slots(d0, d1, d2, d3, BLOCK_B, BLOCK_H)
         else:
             d_slots = d0
         tl.store(d_slot_ptrs, d_slots, mask=slots_readable & (row < B)[:, None])
