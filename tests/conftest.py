@@ -15,22 +15,7 @@ if not GPU:
 
 import pytest
 
-from fastops._library import after_import
-
-
-def mend_interpreter(interpreter):
-    """Triton's interpreter spreads the result of comparing two scalars as an integer, which 3.9 refuses as a mask."""
-    spread = interpreter.InterpreterBuilder.create_splat
-
-    def create_splat(builder, type_, argument):
-        if argument.data.dtype == bool:
-            argument = interpreter.TensorHandle(argument.data, interpreter.tl.int1)
-        return spread(builder, type_, argument)
-
-    interpreter.InterpreterBuilder.create_splat = create_splat
-
-
-after_import("triton.runtime.interpreter", mend_interpreter)
+import tests.interpreter  # noqa: F401  what its import does
 
 
 def pytest_collection_modifyitems(items):

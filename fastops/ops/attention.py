@@ -84,7 +84,8 @@ def scaled_dot_product_attention(
     name = "scaled_dot_product_attention"
     plain = attn_mask is None and query_lengths is None and window is None and alibi_slopes is None
     # nothing to decide, and on small tensors the checks cost time
-    if plain and impl == "auto" and not (softcap or return_lse) and _stock_on_cpu(query, key, value):
+    plain = plain and not (softcap or return_lse) and _env.nothing_to_choose(impl, query)
+    if plain and _takes_stock(query, key, value):
         if key_lengths is None:
             return F.scaled_dot_product_attention(
                 query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -163,14 +164,12 @@ def scaled_dot_product_attention(
     return by_torch() if impl == "torch" else _library.or_stock("attention", auto, by_kernels, by_torch)
 
 
-def _stock_on_cpu(*tensors: Any) -> bool:
-    """Whether "auto" is stock PyTorch whatever the shapes: plain CPU tensors with at least one key."""
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor) or not tensor.is_cpu or tensor.is_nested or tensor.dim() < 3:
+def _takes_stock(query: Tensor, key: Any, value: Any) -> bool:
+    """Whether torch's own function is right for plain CPU queries: it crashes where there are 0 keys or heads."""
+    for tensor in (key, value):
+        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dim() < 3 or not tensor.numel():
             return False
-        if not (tensor.size(-2) and tensor.size(-3)):  # 0 heads of enable_gqa crash torch
-            return False
-    return _env.choose_impl("auto", IMPLS) != "triton"
+    return query.dim() >= 3 and not query.is_nested
 
 
 def varlen_attention(

@@ -18,6 +18,8 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
+import tests.interpreter  # noqa: F401  what its import does
+
 CHUNK = 250
 Done = dict[str, dict[str, dict[str, int]]]  # property -> seed of a chunk -> how its cases ended
 
