@@ -60,7 +60,8 @@ def multihead(draw: Any, impls: tuple[str, ...]) -> Heads:
     if wrong == "rank":
         shapes[0] = (1, 1, *shapes[0])
     inputs = tuple(draw(specs(s, dtype)) for s in shapes[:same])
-    call: dict[str, Any] = {"need_weights": draw(st.booleans()), "average_attn_weights": draw(st.booleans())}
+    weights = rarely(st.just(False), st.just(True)) if impls == ("triton",) else st.booleans()  # kernels have none
+    call: dict[str, Any] = {"need_weights": draw(weights), "average_attn_weights": draw(st.booleans())}
     mask = padding = None
     if wrong.startswith("mask") or draw(st.booleans()):
         dims = (batch * heads, q_len, k_len) if batched and draw(st.booleans()) else (q_len, k_len)
