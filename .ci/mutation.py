@@ -30,6 +30,8 @@ PATIENCE = 5  # times what the tests take without a fault; a mutant may loop for
 
 DISPATCH = "tests/test_dispatch.py"
 CONTRACT = "tests/test_attention_contract.py"
+TRANSFORMS = "tests/test_transforms.py"
+ARGUMENTS = "tests/test_attention_arguments.py"
 # file, functions (none: all), and the tests that must notice, quickest first
 TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fastops/tuning/__init__.py": ((), (DISPATCH,)),
@@ -44,10 +46,15 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "tests/test_attention_packed.py::test_bad_arguments",
         ),
     ),
-    "fastops/ops/attention.py": (("why_not", "_engine", "facts"), (DISPATCH,)),
+    "fastops/ops/attention.py": (
+        ("why_not", "_engine", "facts"),
+        (DISPATCH, TRANSFORMS, f"{CONTRACT}::test_vmap"),
+    ),
+    "fastops/ops/attention_arguments.py": ((), (ARGUMENTS,)),
+    "fastops/ops/attention_reference.py": (("past", "visible_keys", "alibi_bias"), (ARGUMENTS,)),
     "fastops/ops/rnn_check.py": ((), (DISPATCH, "tests/test_rnn.py::test_bad_input")),
-    "fastops/ops/rnn.py": (("why_not", "choose"), (DISPATCH,)),
-    "fastops/ops/conv2d_relu.py": (("why_not",), (DISPATCH,)),
+    "fastops/ops/rnn.py": (("why_not", "choose"), (DISPATCH, TRANSFORMS)),
+    "fastops/ops/conv2d_relu.py": (("why_not",), (DISPATCH, TRANSFORMS)),
     "fastops/nn/rnn_sequences.py": ((), (DISPATCH, "tests/test_rnn_modules.py::test_bad_lengths")),
 }
 
