@@ -29,6 +29,7 @@ JOBS = int(os.environ.get("JOBS", "2"))
 PATIENCE = 5  # times what the tests take without a fault; a mutant may loop for ever
 
 DISPATCH = "tests/test_dispatch.py"
+ATTENTION, RNN, CONV2D = (f"tests/test_dispatch_{op}.py" for op in ("attention", "rnn", "conv2d"))
 CONTRACT = "tests/test_attention_contract.py"
 TRANSFORMS = "tests/test_transforms.py"
 ARGUMENTS = "tests/test_attention_arguments.py"
@@ -36,11 +37,11 @@ ARGUMENTS = "tests/test_attention_arguments.py"
 TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fastops/tuning/__init__.py": ((), (DISPATCH,)),
     "fastops/_env.py": (("interpreting", "index_of", "why_no_triton", "choose_impl"), (DISPATCH,)),
-    "fastops/_library.py": ((), (DISPATCH, "tests/test_launch_failure.py", "tests/test_launch_failure_compiled.py")),
+    "fastops/_library.py": ((), (RNN, "tests/test_launch_failure.py", "tests/test_launch_failure_compiled.py")),
     "fastops/ops/attention_checks.py": (
         (),
         (
-            DISPATCH,
+            ATTENTION,
             f"{CONTRACT}::test_errors_have_the_type_of_torch",
             f"{CONTRACT}::test_errors_of_what_torch_does_not_have",
             "tests/test_attention_packed.py::test_bad_arguments",
@@ -48,14 +49,14 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "fastops/ops/attention.py": (
         ("why_not", "_engine", "facts"),
-        (DISPATCH, TRANSFORMS, f"{CONTRACT}::test_vmap"),
+        (ATTENTION, TRANSFORMS, f"{CONTRACT}::test_vmap"),
     ),
     "fastops/ops/attention_arguments.py": ((), (ARGUMENTS,)),
     "fastops/ops/attention_reference.py": (("past", "visible_keys", "alibi_bias"), (ARGUMENTS,)),
-    "fastops/ops/rnn_check.py": ((), (DISPATCH, "tests/test_rnn.py::test_bad_input")),
-    "fastops/ops/rnn.py": (("why_not", "choose"), (DISPATCH, TRANSFORMS)),
-    "fastops/ops/conv2d_relu.py": (("why_not",), (DISPATCH, TRANSFORMS)),
-    "fastops/nn/rnn_sequences.py": ((), (DISPATCH, "tests/test_rnn_modules.py::test_bad_lengths")),
+    "fastops/ops/rnn_check.py": ((), (RNN, "tests/test_rnn.py::test_bad_input")),
+    "fastops/ops/rnn.py": (("why_not", "choose"), (RNN, TRANSFORMS)),
+    "fastops/ops/conv2d_relu.py": (("why_not",), (CONV2D, TRANSFORMS)),
+    "fastops/nn/rnn_sequences.py": ((), (RNN, "tests/test_rnn_modules.py::test_bad_lengths")),
 }
 
 OTHER = {

@@ -16,6 +16,7 @@ if not GPU:
 import pytest
 
 import tests.interpreter  # noqa: F401  what its import does
+from fastops import _env
 
 
 def pytest_collection_modifyitems(items):
@@ -77,3 +78,20 @@ def fp32_precision():
     yield choose
     for backend, value in reversed(before):
         backend.fp32_precision = value
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with an H100, as far as decisions can see; call it to have another one."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("FASTOPS_IMPL", raising=False)
+    monkeypatch.setattr(_env, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(torch.version, "hip", None)
+
+    def choose(capability=(9, 0), name="NVIDIA H100 80GB HBM3", multiprocessors=132):
+        monkeypatch.setattr(_env, "capability", lambda index: capability)
+        monkeypatch.setattr(_env, "device_name", lambda index: name)
+        monkeypatch.setattr(_env, "multiprocessors", lambda index: multiprocessors)
+
+    choose()
+    return choose
