@@ -15,6 +15,19 @@ def splat_of_booleans(interpreter):
     interpreter.InterpreterBuilder.create_splat = create_splat
 
 
+def numbers_before_nan(interpreter):
+    """tl.minimum and tl.maximum give the other number beside a NaN, as on a GPU, unless they are asked to spread it."""
+
+    def create_minnumf(builder, left, right):
+        return builder.binary_op(left, right, interpreter.np.fmin)
+
+    def create_maxnumf(builder, left, right):
+        return builder.binary_op(left, right, interpreter.np.fmax)
+
+    interpreter.InterpreterBuilder.create_minnumf = create_minnumf
+    interpreter.InterpreterBuilder.create_maxnumf = create_maxnumf
+
+
 def patch_once(interpreter):
     """A call of one @triton.jit function by another replaces the functions of triton.language, which they are already.
 
@@ -33,6 +46,7 @@ def patch_once(interpreter):
 
 def mend(interpreter):
     splat_of_booleans(interpreter)
+    numbers_before_nan(interpreter)
     patch_once(interpreter)
 
 

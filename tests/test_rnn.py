@@ -353,6 +353,25 @@ def test_the_gradient_of_a_nan_passes_a_relu_as_in_torch(device, impl):
     assert found[0][0][1, 0].any()
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("place", ["h0", "d_h_n"])
+@pytest.mark.parametrize("mode", ["RNN_TANH", "RNN_RELU"])
+@pytest.mark.parametrize(("impl", "hidden"), [("small", 3), ("step", 3), ("persistent", 24)])
+def test_what_is_not_finite_spreads_as_in_torch(device, impl, hidden, mode, place, value):
+    layer = Layer(mode, torch.float32, 3, 2, 4, hidden, device=device)
+    found = []
+    for function in (engine(impl), stock):
+        x, h0, _, weights = layer.leaves(torch.float32)
+        slopes = [torch.ones(3, 2, hidden, device=device), torch.ones(1, 2, hidden, device=device)]
+        with torch.no_grad():
+            weights[0][1].abs_()  # no infinity meets another of the other sign
+            (h0 if place == "h0" else slopes[1])[0, 0] = value
+        results = function(mode, x, h0, None, weights)[:2]
+        found.append([*results, *torch.autograd.grad(results, [x, h0, *weights[0]], slopes)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
 def test_meta_tensors_run_on_stock():
     layer = Layer("LSTM", torch.float32, 3, 2, 4, 5)
     x, _, _, weights = layer.leaves(torch.float32)

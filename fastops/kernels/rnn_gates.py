@@ -85,7 +85,8 @@ def step_backward(MODE: tl.constexpr, MATH: tl.constexpr, s0, s1, s2, s3, c, ear
 
     `earlier` is c before the step for an LSTM, h before the step for a GRU and h after the step for a plain RNN.
     """
-    d0, d1, d2, d3, direct = dh, dh, dh, dh, dh * 0.0
+    # 0, for NaN and Inf too; with a 0 that the compiler knows the persistent kernels spill registers
+    d0, d1, d2, d3, direct = dh, dh, dh, dh, tl.minimum(tl.abs(dh), 0.0)
     if MODE == "LSTM":
         tc = _tanh(c, MATH)
         d3 = dh * tc * s3 * (1.0 - s3)

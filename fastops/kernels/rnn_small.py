@@ -117,9 +117,11 @@ def small_forward_kernel(
         next_h, next_c, s0, s1, s2, s3 = step_forward(MODE, MATH, s0 + bias, s1, s2, s3, h.to(tl.float32), c)
         next_h = next_h.to(h.dtype)
         tl.store(y_ptrs, next_h, mask=running)
-        if RAGGED:
+        # units past the last one stay 0: infinity times a weight of 0 is NaN there, which the product would spread
+        if RAGGED or H != BLOCK_H:
             next_h = tl.where(running, next_h, h)
-            next_c = tl.where(running, next_c, c) if MODE == "LSTM" else next_c
+        if RAGGED and MODE == "LSTM":
+            next_c = tl.where(running, next_c, c)
         h = next_h
         c = next_c
         if SAVE and SLOTS == 4:

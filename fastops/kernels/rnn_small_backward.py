@@ -130,10 +130,11 @@ def small_backward_kernel(
             direct = tl.dot(d2, weights[2], direct, input_precision=PRECISION)
         if GATES > 3:
             direct = tl.dot(d3, weights[3], direct, input_precision=PRECISION)
-        if RAGGED:
-            direct = tl.where(alive, direct, dh)
-            if MODE == "LSTM":
-                next_dc = tl.where(alive, next_dc, dc)
+        # units past the last one stay 0, as in the forward kernel
+        if RAGGED or H != BLOCK_H:
+            direct = tl.where(readable, direct, dh)
+        if RAGGED and MODE == "LSTM":
+            next_dc = tl.where(readable, next_dc, dc)
         dh = direct
         dc = next_dc
         if MODE == "LSTM":
