@@ -37,7 +37,10 @@ ARGUMENTS = "tests/test_attention_arguments.py"
 TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fastops/tuning/__init__.py": ((), (DISPATCH,)),
     "fastops/_env.py": (("interpreting", "index_of", "why_no_triton", "choose_impl"), (DISPATCH,)),
-    "fastops/_library.py": ((), (RNN, "tests/test_launch_failure.py", "tests/test_launch_failure_compiled.py")),
+    "fastops/_library.py": (
+        (),
+        ("tests/test_library.py", TRANSFORMS, "tests/test_launch_failure.py", "tests/test_launch_failure_compiled.py"),
+    ),
     "fastops/ops/attention_checks.py": (
         (),
         (

@@ -26,6 +26,9 @@ def random(*sizes):
         ((2, 4, 3, 5), (2, 2, 6, 5), (2, 4, 6, 5), True, 4),
         ((2, 4, 3, 5), (2, 2, 6, 5), (2, 1, 6, 5), True, 2),
         ((2, 1, 3, 5), (2, 4, 6, 5), (2, 4, 6, 5), False, 4),
+        ((2, 6, 3, 5), (2, 2, 6, 5), (2, 3, 6, 5), True, 6),
+        ((6, 3, 5), (2, 6, 5), (3, 6, 5), True, 6),
+        ((6, 3, 5), (2, 1, 5), (3, 1, 5), True, 6),
         ((3, 5), (6, 5), (6, 5), False, 1),
         ((4, 3, 5), (6, 5), (6, 5), False, 1),
         ((4, 3, 5), (4, 6, 5), (4, 6, 5), False, 4),
@@ -60,6 +63,10 @@ def test_four_dimensions_mean_the_same(query, key, value, gqa, kv_heads):
 def test_one_leading_dimension_is_not_copied():
     x = random(2, 4, 3, 5)
     assert all(y.data_ptr() == x.data_ptr() for y in arguments.four_dimensional(x, x, x, (2,), False))
+    for one_head in (random(2, 1, 3, 5), random(2, 1, 1, 5), random(1, 3, 5)):
+        found = arguments.four_dimensional(one_head, x, x, (2,), False)[0]
+        assert found.stride(1) == 0
+        assert found.data_ptr() == one_head.data_ptr()
 
 
 @pytest.mark.parametrize("shape", [(3, 6), (4, 3, 6), (2, 4, 3, 6), (1, 1, 1, 6), (2, 1, 1, 6), (1,), (6,)])
@@ -75,6 +82,11 @@ def test_masks_of_several_leading_dimensions(shape):
     assert mask.dim() == 4
     assert mask.shape[0] == (1 if all(n == 1 for n in shape[:-3]) else 14)
     torch.testing.assert_close(mask.expand(14, 4, 3, 6), random(*shape).expand(7, 2, 4, 3, 6).flatten(0, 1))
+
+
+def test_a_mask_without_leading_dimensions():
+    assert arguments.mask_of(random(3, 6), ()).shape == (1, 1, 3, 6)
+    assert arguments.mask_of(random(4, 3, 6), ()).shape == (1, 4, 3, 6)
 
 
 def test_no_mask_lengths_or_slopes():
@@ -127,6 +139,12 @@ def test_visible_keys(left, right, lengths, shift):
         sees = (left < 0 or j >= i + shift - left) and (right < 0 or j <= i + shift + right)
         sees = sees and (keys is None or j < keys[b]) and (rows is None or i < rows[b])
         assert found[b, 0, i, j].item() == bool(sees), (b, i, j)
+
+
+def test_no_shift_where_none_is_given():
+    causal = visible_keys(3, 3, CPU, Options(1.0, right=0))
+    assert torch.equal(causal, torch.ones(3, 3, dtype=torch.bool).tril())
+    assert not alibi_bias(torch.ones(1), 3, 3).diagonal(0, -2, -1).any()
 
 
 def test_positions_past_a_length():

@@ -245,7 +245,11 @@ def test_a_mask_of_one_dimension_is_taken_only_where_torch_takes_it():
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"key": T(9, 3, 8), "value": T(9, 2, 8)}, RuntimeError, "Number of heads"),
+        (
+            {"key": T(9, 3, 8), "value": T(9, 2, 8)},
+            RuntimeError,
+            r"Number of heads.*query \(5, 4, 8\), key \(9, 3, 8\), value \(9, 2, 8\)",
+        ),
         ({"key": T(9, 0, 8), "value": T(9, 0, 8)}, RuntimeError, "Number of heads"),
         ({"value": T(8, 2, 8)}, RuntimeError, "same length"),
         ({"cu_seqlens_q": T((), dtype=torch.int32)}, RuntimeError, r"cu_seqlens_q must have shape \(sequences"),
@@ -268,3 +272,11 @@ def test_what_packed_attention_refuses(changes, error, words):
         varlen_attention(**{**given, **changes})
     with pytest.raises(TypeError, match="alibi_slopes"):
         varlen_attention(**given, alibi_slopes=[1.0])
+
+
+def test_no_sequences_at_all():
+    none = torch.tensor([0], dtype=torch.int32)
+    attention_checks.check_packed(T(0, 4, 8), T(0, 2, 8), T(0, 2, 8), none, none)
+    attention_checks.check_offsets(none, "cu_seqlens_q", 0, 0, "max_seqlen_q")
+    with pytest.raises(ValueError, match="must start at 0"):
+        attention_checks.check_offsets(none + 1, "cu_seqlens_q", 1, 1, "max_seqlen_q")
