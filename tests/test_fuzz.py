@@ -1,11 +1,12 @@
 """A few random calls of every public op and module, always the same ones; `make fuzz` runs as many as you like."""
 
 import pytest
+import torch
 
 pytest.importorskip("hypothesis")
 
 from tests.fuzz import everything  # noqa: F401
-from tests.fuzz.engine import PROPERTIES, run
+from tests.fuzz.engine import PROPERTIES, compare, run
 
 EXAMPLES = 30
 KERNEL_EXAMPLES = 5  # in the interpreter
@@ -17,3 +18,18 @@ def test_random_calls_agree_with_stock(name):
     kernels = slow_oracle or name.endswith("kernels") or name in ("sequential", "conv2d_modules")
     ends = run(name, KERNEL_EXAMPLES if kernels else EXAMPLES, seed=0)
     assert ends.get("same"), f"no case of {name} computed anything: {ends}"
+
+
+def test_a_result_that_vanishes_may_be_off_by_a_rounding_of_its_terms():
+    """And by no more: what float64 leaves of terms that cancel is no scale for the error."""
+    kept, of_double = torch.tensor([1.0]), torch.tensor([1e-16], dtype=torch.float64)
+    terms = 10.0
+    size = torch.finfo(torch.float32).eps * terms
+
+    def compared(error, terms):
+        compare([kept, torch.tensor([error])], [kept, torch.tensor([0.0])], [kept.double(), of_double], terms=terms)
+
+    compared(0.9 * size, terms)
+    for error, of in ((1.1 * size, terms), (0.9 * size, 0.0)):
+        with pytest.raises(AssertionError, match="allowed"):
+            compared(error, of)

@@ -173,7 +173,10 @@ def formula(
 
 
 def score_terms(scale: float | None) -> Any:
-    """What gradients of scores are differences of (dO V^T and its mean in a row), times what multiplies them."""
+    """What gradients of scores are differences of (dO V^T and its mean in a row), times what multiplies them.
+
+    That is the scaled query or key for those, and nothing for a mask that is added.
+    """
 
     def size(given: Any, upstream: Any) -> float:
         query, key, value = (x.detach().double() for x in given[:3])
@@ -181,7 +184,7 @@ def score_terms(scale: float | None) -> Any:
             return 0.0
         products = float(upstream[0].double().norm(dim=-1).max() * value.norm(dim=-1).max())
         factor = query.shape[-1] ** -0.5 if scale is None else abs(scale)
-        return products * factor * float(max(query.abs().max(), key.abs().max()))
+        return products * max(1.0, factor * float(max(query.abs().max(), key.abs().max())))
 
     return size
 

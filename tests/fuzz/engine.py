@@ -249,8 +249,8 @@ def compare(
     """Shapes, dtypes and numbers, by the rule.
 
     On a handful of numbers stock may be right by luck. Where the rule fails, its error is measured again at points next
-    to this one, each against its own truth, and the largest is taken; and a result that is 0 throughout, as a
-    difference of terms of the size `terms`, may be off by a rounding of those.
+    to this one, each against its own truth, and the largest is taken; and a result that is 0 throughout (but for the
+    rounding of float64), as a difference of terms of the size `terms`, may be off by a rounding of those.
     """
     assert len(mine) == len(theirs), f"{len(mine)} results, torch gives {len(theirs)}"
     more: list[tuple[list[Any], list[Any]]] | None = None
@@ -278,8 +278,10 @@ def compare(
             stocks = [(x.detach().double() - y.detach()).abs().nan_to_num(0.0).max() for x, y in pairs]
             worst = max([float(s) for s in stocks], default=0.0)
             # of all results: where terms cancel exactly (the gradient of an only key), rounding is of their size
-            scale = max(float(x[x.isfinite()].abs().max()) for x in truth if x is not None and x.isfinite().any())
-            size = scale if exact.any() else max(scale, terms)
+            parts = [x.detach() for x in truth if x is not None]
+            scale = max(float(x[x.isfinite()].abs().max()) for x in parts if x.isfinite().any())
+            vanishes = float(exact[exact.isfinite()].abs().max()) <= 64 * torch.finfo(torch.float64).eps * terms
+            size = max(scale, terms) if vanishes else scale
             if not float(error[exact.isfinite()].max()) <= 2 * worst + torch.finfo(a.dtype).eps * size:
                 raise
 
