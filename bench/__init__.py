@@ -6,7 +6,8 @@
     clocks     how one block of launches is timed
     measure    rounds over all arms in shuffled order, until the interval is narrow
     stats      median of per-round ratios, bootstrap interval, verdict
-    run        one case into one row, one suite into one JSON file
+    verdict    ratios and rates of a row, fastops against the best stock arm
+    run        one case into one row; runner: one suite into one JSON file
     table, compare, report   what people read
 
 docs/measuring.md says why each of these is the way it is.

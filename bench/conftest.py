@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, ceilings, environment, measure, table, workloads
+from bench import cases, ceilings, environment, measure, stats, table, workloads
 from bench.case import Case
 from bench.run import Options, run_case
 
@@ -100,5 +100,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
     terminalreporter.section("fastops against the best stock arm")
     rows = list(ROWS.values())
-    table.print_rows(console(), [row for row in rows if row["verdict"] != table.GATE])
+    table.print_rows(console(), [row for row in rows if row["verdict"] != stats.GATE])
     terminalreporter.write_line(table.verdict_line(rows, environment.machine(DEVICE)))

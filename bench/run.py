@@ -1,4 +1,4 @@
-"""One case into one row, one suite into one JSON file."""
+"""One case into one row: every arm gated, timed in rounds with the others, and checked once more."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from bench import ceilings as roof
 from bench import clocks, gate, launched, stats
 from bench.case import Arm, Case, Tensors, Unavailable, Workload
 from bench.clocks import first_line
 from bench.measure import Effort, measure
 from bench.modes import Step, bind
+from bench.results import Row
 from bench.telemetry import Telemetry
+from bench.verdict import judge, significant
 
-Row = dict[str, Any]
 CUDNN_BENCHMARK = True  # an untuned cuDNN is no baseline
 
 
@@ -110,10 +110,10 @@ def _fill(row: Row, case: Case, workload: Workload, options: Options) -> None:
     wrong = [p for p in row["providers"].values() if p.get("gate") == "fail"]
     row["gate"] = "fail" if any(p["role"] == "ours" for p in wrong) or not passed else "pass"
     if options.gate_only:
-        row["verdict"] = stats.WRONG if row["gate"] == "fail" and judged else "GATE"
+        row["verdict"] = stats.WRONG if row["gate"] == "fail" and judged else stats.GATE
         return
     _time_all(passed, row, case, exam, options)
-    judge(row, case, workload, options)
+    judge(row, case, workload, device, options.ceilings)
 
 
 def chosen(arms: list[Arm], names: Sequence[str] | None) -> list[Arm]:
@@ -286,81 +286,6 @@ def choose_clock(passed: list[Contestant], options: Options) -> str:
     return "cuda-graph"
 
 
-def judge(row: Row, case: Case, workload: Workload, options: Options) -> None:
-    """Ratios, verdicts, rates, and the row's headline: fastops' default against the best stock arm."""
-    providers = row["providers"]
-    timed = {name: p for name, p in providers.items() if p.get("median_s") is not None}
-    _rates(row, timed, case, workload, options)
-    timed = {name: p for name, p in timed.items() if p.get("verdict") != stats.IMPOSSIBLE}
-    stock = {name: p["median_s"] for name, p in timed.items() if p["role"] == "stock"}
-    best = stats.best(stock)
-    if best is None:
-        row["error"] = "no stock arm has a time"
-    else:
-        _compare(row, timed, best, next(iter(stock)))
-    row["verdict"], row["vs_best"] = headline(providers)
-
-
-def _compare(row: Row, timed: dict[str, Row], best: str, first: str) -> None:
-    control = next((p for p in timed.values() if p["role"] == "control"), None)
-    noise = stats.paired_ratio(timed[first]["samples_s"], control["samples_s"]) if control else None
-    floor = stats.noise_floor(noise)
-    row["noise"] = {"floor": significant(floor), **(noise.as_dict() if noise else {})}
-    for name, provider in timed.items():
-        if name != best:
-            ratio = stats.paired_ratio(timed[best]["samples_s"], provider["samples_s"])
-            provider["vs_best"] = {**ratio.as_dict(), "best": best}
-            if provider["role"] == "ours":
-                provider["verdict"] = stats.verdict(ratio, floor)
-        if name != first:
-            ratio = stats.paired_ratio(timed[first]["samples_s"], provider["samples_s"])
-            provider["vs_first"] = {**ratio.as_dict(), "first": first}
-
-
-def headline(providers: dict[str, Row]) -> tuple[str, Row | None]:
-    """The verdict of the row: an invalid arm of ours first, else the fastest default arm of ours."""
-    ours = {name: p for name, p in providers.items() if p["role"] == "ours"}
-    for bad in (stats.IMPOSSIBLE, stats.WRONG):
-        if any(p.get("verdict") == bad for p in (providers if bad == stats.IMPOSSIBLE else ours).values()):
-            return bad, None
-    timed = {name: p["median_s"] for name, p in ours.items() if p.get("vs_best")}
-    defaults = {name: seconds for name, seconds in timed.items() if ours[name]["headline"]}
-    chosen = stats.best(defaults or timed)
-    if chosen is None:
-        broken = any("error" in p for p in ours.values()) or not any("unavailable" in p for p in ours.values())
-        return (stats.ERROR if broken else stats.ABSENT), None
-    return ours[chosen]["verdict"], {**ours[chosen]["vs_best"], "arm": chosen}
-
-
-def _rates(row: Row, timed: dict[str, Row], case: Case, workload: Workload, options: Options) -> None:
-    limits, least = options.ceilings, 0.0
-    peak = roof.peak_name(case.dtype, tf32_allowed(case.op))
-    if limits:
-        floor, bound = roof.floor_seconds(row["flops"], row["bytes"], peak, limits)
-        row["floor_s"], row["bound"], row["peak"] = significant(floor), bound, f"{peak}, {limits['source']}"
-        if row["clock"] != "host":
-            gpu = torch.cuda.get_device_name(options.device)
-            fastest = roof.peak_name(case.dtype, tf32=True)
-            least = roof.impossible_below(row["flops"], row["cold_bytes"], workload.algebra(case), fastest, limits, gpu)
-    for provider in timed.values():
-        seconds = provider["median_s"]
-        provider["tflops"] = significant(row["flops"] / seconds / 1e12)
-        provider["gbps"] = significant(row["bytes"] / seconds / 1e9)
-        if limits:
-            provider["ceiling_pct"] = significant(100 * row["floor_s"] / seconds)
-        if seconds < least:
-            provider["verdict"] = stats.IMPOSSIBLE
-            provider["gate_reason"] = f"{seconds:.3g} s is below {least:.3g} s, what this GPU needs at its peak"
-
-
-def tf32_allowed(op: str) -> bool:
-    """Whether PyTorch may round the fp32 products of an op to TF32; cuDNN has switches of its own, on by default."""
-    if op in ("attention", "varlen_attention", "bert"):
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
-    cudnn = torch.backends.cudnn.rnn if op in ("rnn", "lstm_model") else torch.backends.cudnn.conv
-    return cudnn.fp32_precision == "tf32"
-
-
 def peak_bytes(step: Step) -> int:
     """Peak device memory of a step above what was live before it."""
     torch.cuda.synchronize()
@@ -407,11 +332,6 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device; nothing to wait for on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def significant(value: float) -> float:
-    """Six significant digits: more than any clock here has."""
-    return float(f"{value:.6g}")
 
 
 def hash_of(text: str) -> int:

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from fastops.profiling.paired import LEAST_NOISE, RESOLUTION
+
 FASTER, SLOWER, SAME, UNCLEAR = "FASTER", "SLOWER", "SAME", "UNCLEAR"
 WRONG, IMPOSSIBLE = "WRONG", "IMPOSSIBLE"
 ABSENT, ERROR = "ABSENT", "ERROR"  # no arm of ours runs here; something broke
+GATE = "GATE"  # right, and not timed because only that was asked
 VERDICTS = (FASTER, SAME, SLOWER, UNCLEAR, WRONG, IMPOSSIBLE, ABSENT, ERROR)
-
-LEAST_NOISE = 0.01  # no clock here tells 1 % apart for certain, however narrow its interval
-RESOLUTION = 0.03  # SAME promises that a difference, if any, is smaller than this
 
 
 @dataclass(frozen=True)

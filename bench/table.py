@@ -12,7 +12,6 @@ from rich.table import Table
 
 from bench import environment, stats
 
-GATE = "GATE"  # right, and not timed because only that was asked
 STYLES = {
     stats.FASTER: "bold green",
     stats.SAME: "",
@@ -140,7 +139,9 @@ def progress_line(row: dict[str, Any]) -> str:
     versus = row.get("vs_best")
     if not versus:
         return (
-            f"{row['case']}: {row['verdict']} ({explain(row)})" if row["verdict"] != "GATE" else f"{row['case']}: right"
+            f"{row['case']}: {row['verdict']} ({explain(row)})"
+            if row["verdict"] != stats.GATE
+            else f"{row['case']}: right"
         )
     return (
         f"{row['case']}: {versus['arm']} {versus['ratio']:.3f}x [{versus['lo']:.3f}-{versus['hi']:.3f}] "
@@ -151,7 +152,7 @@ def progress_line(row: dict[str, Any]) -> str:
 def verdict_line(rows: list[dict[str, Any]], machine: str) -> str:
     """Counts, geometric mean and every loss by name; never a bare maximum."""
     counts = Counter(row["verdict"] for row in rows)
-    counted = ", ".join(f"{counts[name]} {name}" for name in (*stats.VERDICTS, GATE) if counts[name])
+    counted = ", ".join(f"{counts[name]} {name}" for name in (*stats.VERDICTS, stats.GATE) if counts[name])
     mean = stats.geomean([row["vs_best"]["ratio"] for row in rows if row.get("vs_best")])
     line = f"{len(rows)} case{'s' if len(rows) != 1 else ''}: {counted or 'nothing measured'}"
     if not math.isnan(mean):

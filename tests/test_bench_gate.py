@@ -5,7 +5,7 @@ import torch
 
 from bench import gate, stats
 from bench.case import Case, Unavailable
-from bench.run import judge
+from bench.verdict import judge
 from tests import bench_workload as toy
 from tests.bench_workload import ours, run
 
@@ -154,8 +154,7 @@ def test_faster_than_the_machine_is_impossible(monkeypatch, seconds, verdict):
         for name, (role, s) in times.items()
     }
     ceilings = {"source": "measured", "fp16": 720.0, "gbps": 3000.0}
-    options = toy.Options(torch.device("cuda"), toy.TINY, ceilings=ceilings)
-    judge(row, case, work, options)
+    judge(row, case, work, torch.device("cuda"), ceilings)
     assert row["verdict"] == verdict
     assert (row["vs_best"] is None) == (verdict == stats.IMPOSSIBLE)
 

@@ -59,7 +59,7 @@ def test_rounding_to_tf32_raises_the_ceiling_of_what_may_round():
 
 def test_what_may_round_to_tf32_is_read_where_fp32_precision_was_set(fp32_precision):
     """After that the older allow_tf32 cannot be read any more."""
-    from bench.run import tf32_allowed
+    from bench.verdict import tf32_allowed
     from fastops.profiling.ceilings import data_sheet
 
     fp32_precision(torch.backends.cuda.matmul, "tf32")
