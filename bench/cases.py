@@ -1,9 +1,10 @@
 """The table of cases, most valuable first in every suite.
 
-quick   one or two cases an op: under a minute on a GPU; on the CPU its small twin `cpu`
-models  whole models
-full    everything
-cpu     sizes for two cores, what `quick` means where there is no GPU
+quick      one or two cases an op: under a minute on a GPU; on the CPU its small twin `cpu`
+models     whole models
+full       everything but `cpu`
+cpu        sizes for two cores, what `quick` means where there is no GPU
+published  shapes whose times on an H100 others have published
 """
 
 from __future__ import annotations

@@ -24,12 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.op and arguments.op not in workloads.TABLE:
         return common.fail(common.unknown("op", arguments.op, workloads.TABLE))
     console = common.console()
-    found = [
-        case
-        for case in cases.all_cases()
-        if (not arguments.op or case.op == arguments.op)
-        and (not arguments.suite or case in cases.select(arguments.suite))
-    ]
+    chosen = cases.select(arguments.suite) if arguments.suite else cases.all_cases()
+    found = [case for case in chosen if not arguments.op or case.op == arguments.op]
     table = Table("case", "suites", "shape", header_style="bold", show_edge=False)
     for case in found:
         table.add_row(

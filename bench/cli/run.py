@@ -15,7 +15,7 @@ import torch
 from bench import cases, ceilings, environment, measure, table, workloads
 from bench.case import Case
 from bench.cli import common
-from bench.results import Unreadable
+from bench.results import SCHEMA, Unreadable
 from bench.run import Options
 from bench.runner import EXIT_BROKEN, exit_code, run_suite
 
@@ -79,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.html:
         from bench.report import html
 
-        html.write({"env": results.env, "rows": results.rows, "schema": 1}, arguments.html)
+        html.write({"schema": SCHEMA, "env": results.env, "rows": results.rows}, arguments.html)
     if device.type == "cpu" and arguments.suite == "quick" and not arguments.words and not arguments.ops:
         from bench import without_gpu
 

@@ -199,7 +199,7 @@ class Attention:
         s = case.shape
 
         def build() -> Built:
-            function = common.fastops_name("scaled_dot_product_attention")
+            function = common.named("fastops.scaled_dot_product_attention")
             extra: dict[str, Any] = {}
             if s.get("window") is not None:
                 extra["window"] = (s["window"], 0)
@@ -329,7 +329,7 @@ class Varlen(Attention):
         longest, causal = max(lengths_of(case)), bool(case.shape.get("causal"))
 
         def build() -> Built:
-            call = common.fastops_name("varlen_attention")
+            call = common.named("fastops.varlen_attention")
             return Built(
                 lambda t: call(
                     t["q"], t["k"], t["v"], t["offsets"], t["offsets"], longest, longest, is_causal=causal, impl=impl

@@ -14,22 +14,13 @@ COMPILE_MODES = {"compile": None, "compile-max": "max-autotune-no-cudagraphs"}
 # CUDA graphs are taken by the clock, for every arm alike; nested ones cannot be captured
 
 
-def fastops_name(path: str) -> Any:
-    """`fastops.<path>`, or Unavailable where this version lacks it."""
-    module, _, name = f"fastops.{path}".rpartition(".")
+def named(path: str) -> Any:
+    """What `path`, below fastops or models, names; Unavailable where this version lacks it."""
+    module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise Unavailable(f"fastops.{path} is not in this version ({error})") from error
-
-
-def model(path: str) -> Any:
-    """`models.<path>`, or Unavailable."""
-    module, _, name = f"models.{path}".rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise Unavailable(f"models.{path} is not in this version ({error})") from error
+        raise Unavailable(f"{path} is not in this version ({error})") from error
 
 
 def compiled(function: Callable[..., Any], device: torch.device, mode: str | None = None) -> Callable[..., Any]:

@@ -131,7 +131,7 @@ class Conv:
     def _fastops(self, case: Case, impl: str) -> Callable[[], Built]:
         def build() -> Built:
             s = case.shape
-            function = common.fastops_name(self._name())
+            function = common.named(f"fastops.{self._name()}")
             extra = {"pool_size": s["pool"], "pool_stride": s["pool_stride"]} if self.pooled else {}
             return Built(
                 lambda t: function(t["x"], t["weight"], t["bias"], s["stride"], s["padding"], impl=impl, **extra)

@@ -125,7 +125,7 @@ class Model:
 
 def _accelerated(impl: str) -> Callable[[nn.Module], nn.Module]:
     def change(model: nn.Module) -> nn.Module:
-        accelerated: nn.Module = common.fastops_name("accelerate")(model)
+        accelerated: nn.Module = common.named("fastops.accelerate")(model)
         if impl != "auto":
             for module in accelerated.modules():
                 if hasattr(module, "impl"):
@@ -143,7 +143,7 @@ class AlexNet(Model):
 
     def make(self, case: Case) -> nn.Module:
         """The textbook's AlexNet."""
-        made: nn.Module = common.model("alexnet.AlexNet")(num_classes=case.shape["classes"])
+        made: nn.Module = common.named("models.alexnet.AlexNet")(num_classes=case.shape["classes"])
         return made
 
     def inputs(self, case: Case, device: torch.device, seed: int) -> Tensors:
@@ -179,7 +179,7 @@ class Bert(Model):
 
     def make(self, case: Case) -> nn.Module:
         """BERT-base, or the small one that the shape describes; no dropout anywhere."""
-        made = common.model("bert.BertClassifier")
+        made = common.named("models.bert.BertClassifier")
         try:
             from transformers import BertConfig
         except ImportError as error:
@@ -244,7 +244,7 @@ class ByteLstm(Model):
     def make(self, case: Case) -> nn.Module:
         """An LSTM between an embedding and a head."""
         s = case.shape
-        made: nn.Module = common.model("lstm.ByteLanguageModel")(
+        made: nn.Module = common.named("models.lstm.ByteLanguageModel")(
             embedding=s["hidden"], hidden=s["hidden"], layers=s["layers"]
         )
         return made

@@ -99,7 +99,7 @@ class Rnn:
         s = case.shape
         arguments = {"batch_first": bool(s.get("batch_first"))}
         if s["kind"] == "layernorm_lstm":
-            made = common.fastops_name("nn.LayerNormLSTM")
+            made = common.named("fastops.nn.LayerNormLSTM")
             extra.setdefault("impl", "torch")
         else:
             made = getattr(nn, CLASSES[s["kind"]])
@@ -146,7 +146,7 @@ class Rnn:
             s = case.shape
             if s["kind"] == "layernorm_lstm":
                 return self._built(case, self._module(case, device, impl=impl), packed=False)
-            made = common.fastops_name(f"nn.{CLASSES[s['kind']]}")
+            made = common.named(f"fastops.nn.{CLASSES[s['kind']]}")
             extra = {"num_layers": s["layers"], "bidirectional": s["bidirectional"]}
             module = made(s["inputs"], s["hidden"], batch_first=bool(s.get("batch_first")), impl=impl, **extra)
             module = module.to(case.torch_dtype).to(device)
