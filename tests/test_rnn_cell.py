@@ -9,6 +9,7 @@ from torch import nn
 
 import fastops
 from fastops.ops import rnn_cell as ops
+from fastops.ops import rnn_cell_autograd as autograd
 from tests.rule import assert_within_rule
 
 NAMES = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
@@ -112,11 +113,11 @@ def test_references_are_torchs_and_differentiable_twice(name):
     x, h, w_ih, w_hh, b_ih, b_hh, *c = tensors
     products = (x @ w_ih.T, h @ w_hh.T)
     if name == "lstm_cell":
-        found = ops.lstm_reference(*products, b_ih, b_hh, *c)
+        found = autograd.lstm_reference(*products, b_ih, b_hh, *c)
     elif name == "gru_cell":
-        found = (ops.gru_reference(*products, b_ih, b_hh, h),)
+        found = (autograd.gru_reference(*products, b_ih, b_hh, h),)
     else:
-        found = (ops.rnn_reference(*products, b_ih, b_hh, name == "rnn_tanh_cell"),)
+        found = (autograd.rnn_reference(*products, b_ih, b_hh, name == "rnn_tanh_cell"),)
     for a, b in zip(found, call(getattr(torch, name), name, tensors), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -151,17 +152,17 @@ def test_opcheck(name, device):
     h = h.detach()
     if name == "lstm_cell":
         c = c[0].detach()
-        outputs = ops._lstm_forward(*products, c)
-        torch.library.opcheck(ops._lstm_forward, (*products, c))
+        outputs = autograd.lstm_forward_op(*products, c)
+        torch.library.opcheck(autograd.lstm_forward_op, (*products, c))
         for grads in ((h, c), (None, c), (h, None)):
-            torch.library.opcheck(ops._lstm_backward, (*grads, c, *outputs[1:]))
+            torch.library.opcheck(autograd.lstm_backward_op, (*grads, c, *outputs[1:]))
     elif name == "gru_cell":
-        torch.library.opcheck(ops._gru_forward, (*products, h))
-        torch.library.opcheck(ops._gru_backward, (h, h, ops._gru_forward(*products, h)[1]))
+        torch.library.opcheck(autograd.gru_forward_op, (*products, h))
+        torch.library.opcheck(autograd.gru_backward_op, (h, h, autograd.gru_forward_op(*products, h)[1]))
     else:
         tanh = name == "rnn_tanh_cell"
-        torch.library.opcheck(ops._rnn_forward, (*products, tanh))
-        torch.library.opcheck(ops._rnn_backward, (h, ops._rnn_forward(*products, tanh), tanh))
+        torch.library.opcheck(autograd.rnn_forward_op, (*products, tanh))
+        torch.library.opcheck(autograd.rnn_backward_op, (h, autograd.rnn_forward_op(*products, tanh), tanh))
 
 
 @pytest.mark.parametrize("name", NAMES)
