@@ -13,7 +13,7 @@ from fastops import _env
 from fastops._accelerate import huggingface, swap, trace
 from fastops._accelerate.report import Report, Row
 from fastops._accelerate.table import OPS, ROWS, row_of
-from fastops.nn.sequential import Sequential, groups, why_not_plain
+from fastops.nn.sequential import Sequential, groups, why_not_its_class, why_not_plain
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -102,17 +102,10 @@ def why_not(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why a module cannot be swapped for one that does what `kind` does, or None. Hooks are no reason: they stay."""
     if swap.plain_class(module) is not kind:
         return why_not_plain(module, kind)
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
-    if module._compiled_call_impl is not None:
-        return "it is compiled on its own"
-    return _why_not_weights(module)
+    return why_not_its_class(module) or _why_not_weights(module)
 
 
 def _why_not_weights(module: nn.Module) -> str | None:
-    for hook in module._forward_pre_hooks.values():
-        if type(hook).__module__.startswith("torch.nn.utils."):
-            return f"torch.nn.utils recomputes its weight ({type(hook).__name__})"
     names = getattr(module, "_flat_weights_names", ("weight", "weight_ih", "weight_hh", "in_proj_weight"))
     for name in names:
         if hasattr(module, name) and name not in module._parameters:

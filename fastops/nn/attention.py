@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastops._env import KernelUnavailable, choose_impl
+from fastops.nn._impl import set_impl, with_impl
 from fastops.ops.attention import IMPLS, scaled_dot_product_attention
 
 NEED_WEIGHTS = "need_weights=True asks for the attention weights, which the kernel never stores (pass False)"
@@ -38,7 +39,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def __init__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        set_impl(self, impl)
+        set_impl(self, impl, IMPLS)
 
     def forward(
         self,
@@ -86,7 +87,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         """What torch shows of the module, and the engine where one is named."""
-        return impl_repr(self)
+        return with_impl(self)
 
     def _why_torch(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
         if self.bias_k is not None or self.bias_v is not None:
@@ -261,19 +262,7 @@ def _float_mask(mask: Tensor, query: Tensor) -> Tensor:
     return mask if mask.dtype in (torch.float32, query.dtype) else mask.to(query.dtype)
 
 
-def set_impl(module: nn.Module, impl: str) -> None:
-    """Give a module another `impl` than its class attribute, "auto"."""
-    choose_impl(impl, IMPLS)
-    if impl != "auto":
-        module.impl = impl  # type: ignore[assignment]
-
-
 def refuse_triton(module: nn.Module, reason: str) -> None:
     """KernelUnavailable where the kernel was asked for by name."""
     if choose_impl(module.impl, IMPLS) == "triton":  # type: ignore[arg-type]
         raise KernelUnavailable(f"{type(module).__name__}: {reason}")
-
-
-def impl_repr(module: nn.Module) -> str:
-    """`impl` for a repr, unless it is "auto"."""
-    return "" if module.impl == "auto" else f"impl={module.impl!r}"

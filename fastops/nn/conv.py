@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastops._env import choose_impl
+from fastops.nn._impl import set_impl, with_impl
 from fastops.ops.conv2d_relu import IMPLS, conv2d_relu, conv2d_relu_max_pool2d
 
 Pair = int | tuple[int, int]
@@ -19,29 +19,22 @@ class Conv2dReLU(nn.Conv2d):
     Input (N, C, H, W) or (C, H, W), output (N, K, P, Q) or (K, P, Q), as nn.Conv2d.
     """
 
-    impl = "auto"  # class attributes stand in where a module was made from an nn.Conv2d by assigning __class__
+    impl: str = "auto"
 
     def __init__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> None:
-        choose_impl(impl, IMPLS)
         super().__init__(*args, **kwargs)
-        self.impl = impl
-
-    def _padded(self, input: Tensor) -> tuple[Tensor, Any]:
-        """The input, padded here where the padding is not of zeros, and the padding left to the op."""
-        if self.padding_mode == "zeros":
-            return input, self.padding
-        return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        set_impl(self, impl, IMPLS)
 
     def forward(self, input: Tensor) -> Tensor:
         """relu(conv2d(input))."""
-        input, padding = self._padded(input)
+        input, padding = padded(self, input)
         return conv2d_relu(
             input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, impl=self.impl
         )
 
     def extra_repr(self) -> str:
         """As nn.Conv2d, and `impl` where it is not "auto"."""
-        return super().extra_repr() + ("" if self.impl == "auto" else f", impl={self.impl!r}")
+        return with_impl(self, super().extra_repr())
 
 
 class Conv2dReLUMaxPool2d(Conv2dReLU):
@@ -72,7 +65,7 @@ class Conv2dReLUMaxPool2d(Conv2dReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """max_pool2d(relu(conv2d(input)))."""
-        input, padding = self._padded(input)
+        input, padding = padded(self, input)
         return conv2d_relu_max_pool2d(
             input,
             self.weight,
@@ -91,3 +84,10 @@ class Conv2dReLUMaxPool2d(Conv2dReLU):
         """As nn.Conv2d, the pool, and `impl` where it is not "auto"."""
         pool = f", pool_size={self.pool_size}, pool_stride={self.pool_stride}, pool_padding={self.pool_padding}"
         return super().extra_repr() + pool
+
+
+def padded(convolution: nn.Conv2d, input: Tensor) -> tuple[Tensor, Any]:
+    """The input, padded here where the padding is not of zeros, and the padding left to the op."""
+    if convolution.padding_mode == "zeros":
+        return input, convolution.padding
+    return F.pad(input, convolution._reversed_padding_repeated_twice, mode=convolution.padding_mode), 0

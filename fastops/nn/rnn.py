@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastops import _env
+from fastops.nn._impl import set_impl, with_impl
 from fastops.nn.rnn_compile import trace_through
 from fastops.nn.rnn_sequences import Packing, check_lengths
 from fastops.ops import rnn as ops
@@ -23,15 +24,13 @@ Layer = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
 
 class _Recurrent(torch.nn.RNNBase):
-    """What LSTM, GRU and RNN share. `impl` is a class attribute, so that a module of a swapped `__class__` has it."""
+    """What LSTM, GRU and RNN share."""
 
     impl: str = "auto"
 
     def __init__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _env.choose_impl(impl, ops.ENGINES)
-        if impl != "auto":
-            self.impl = impl
+        set_impl(self, impl, ops.ENGINES)
 
     def flatten_parameters(self) -> None:
         """Moves the weights into one piece of memory on a GPU, as torch.nn does; results are the same without it.
@@ -42,7 +41,7 @@ class _Recurrent(torch.nn.RNNBase):
         super().flatten_parameters()
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", impl={self.impl!r}" if self.impl != "auto" else "")
+        return with_impl(self, super().extra_repr())
 
     def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> Any:
         """torch.nn's call forms, and `lengths`: (B,) integers on the input's device, for a padded batch.

@@ -8,24 +8,23 @@ import torch
 from torch import Tensor
 
 from fastops import _env
+from fastops.nn._impl import set_impl, with_impl
 from fastops.ops import rnn_cell as ops
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 
 class _Cell(torch.nn.modules.rnn.RNNCellBase):
-    """What the three cells add to torch.nn's: an `impl`. A class attribute, so that a swapped `__class__` has it."""
+    """What the three cells add to torch.nn's: an `impl`."""
 
     impl: str = "auto"
 
     def __init__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _env.choose_impl(impl, ops.ENGINES)
-        if impl != "auto":
-            self.impl = impl
+        set_impl(self, impl, ops.ENGINES)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", impl={self.impl!r}" if self.impl != "auto" else "")
+        return with_impl(self, super().extra_repr())
 
     def _stock(self, input: Tensor) -> bool:
         return _env.nothing_to_choose(self.impl, input) or ops.choose(self.impl, input) == "torch"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import init
 from torch.nn.utils.rnn import PackedSequence
 
-from fastops import _env
+from fastops.nn._impl import set_impl
 from fastops.nn.rnn import _Recurrent
 from fastops.ops import layer_norm_lstm as ops
 
@@ -67,7 +67,6 @@ class LayerNormLSTM(_Recurrent):
         dtype: Any = None,
         impl: str = "auto",
     ) -> None:
-        _env.choose_impl(impl, ops.ENGINES)
         torch.nn.RNNBase.__init__(
             self,
             "LSTM",
@@ -86,7 +85,7 @@ class LayerNormLSTM(_Recurrent):
             raise ValueError(f"zoneout must be a rate in [0, 1] or a pair of them, for h and c, got {zoneout!r}")
         self.zoneout = (float(rates[0]), float(rates[1]))
         self.eps = eps
-        self.impl = impl
+        set_impl(self, impl, ops.ENGINES)
         sizes = {"gain_ih": 4 * hidden_size, "gain_hh": 4 * hidden_size, "gain_c": hidden_size, "bias_c": hidden_size}
         for suffix in self._suffixes():
             for name, size in sizes.items():

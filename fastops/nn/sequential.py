@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastops._env import choose_impl
+from fastops.nn._impl import set_impl, with_impl
+from fastops.nn.conv import padded
 from fastops.ops.conv2d_relu import IMPLS, conv2d_relu, conv2d_relu_max_pool2d
 
 
@@ -33,9 +34,7 @@ class Sequential(nn.Sequential):
 
     def __init__(self, *args: Any, impl: str = "auto") -> None:
         super().__init__(*args)
-        choose_impl(impl, IMPLS)
-        if impl != "auto":
-            self.impl = impl
+        set_impl(self, impl, IMPLS)
 
     def forward(self, input: Any) -> Any:
         """All children in turn."""
@@ -72,7 +71,7 @@ class Sequential(nn.Sequential):
     def extra_repr(self) -> str:
         """Which children are taken together, and `impl` unless it is "auto"."""
         runs = ", ".join(f"{start}-{start + length - 1}" for start, length in self.fused())
-        return f"together: {runs or 'none'}" + ("" if self.impl == "auto" else f", impl={self.impl!r}")
+        return with_impl(self, f"together: {runs or 'none'}")
 
 
 class FusedReLU(nn.ReLU):
@@ -119,16 +118,23 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
         if "Parametrized" in type(module).__name__:
             return "it is parametrized"
         return f"it is a {type(module).__module__}.{type(module).__qualname__}, not exactly {kind.__name__}"
+    reason = why_not_its_class(module)
+    if reason is not None:
+        return reason
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"a hook wants to see {kind.__name__} alone"
+    return None
+
+
+def why_not_its_class(module: nn.Module) -> str | None:
+    """Why a call of a module may be something else than its class says, hooks that only look on left aside; or None."""
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     if module._compiled_call_impl is not None:
         return "it is compiled on its own"
-    if module._forward_pre_hooks:
-        for hook in module._forward_pre_hooks.values():
-            if type(hook).__module__.startswith("torch.nn.utils."):
-                return f"torch.nn.utils recomputes its weight ({type(hook).__name__})"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return f"a hook wants to see {kind.__name__} alone"
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            return f"torch.nn.utils recomputes its weight ({type(hook).__name__})"
     return None
 
 
@@ -156,10 +162,7 @@ def why_no_pool(pool: nn.MaxPool2d) -> str | None:
 
 def _together(input: Tensor, modules: Sequence[Any], impl: str) -> Tensor:
     convolution = modules[0]
-    padding = convolution.padding
-    if convolution.padding_mode != "zeros":
-        input = F.pad(input, convolution._reversed_padding_repeated_twice, mode=convolution.padding_mode)
-        padding = 0
+    input, padding = padded(convolution, input)
     window = (convolution.stride, padding, convolution.dilation, convolution.groups)
     if len(modules) == 2:
         return conv2d_relu(input, convolution.weight, convolution.bias, *window, impl=impl)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastops.nn.attention import MultiheadAttention, impl_repr, refuse_triton, set_impl
+from fastops.nn._impl import set_impl, with_impl
+from fastops.nn.attention import MultiheadAttention, refuse_triton
+from fastops.ops.attention import IMPLS
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -25,7 +27,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def __init__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        set_impl(self, impl)
+        set_impl(self, impl, IMPLS)
         take_over(self.self_attn, impl)
 
     def forward(
@@ -48,7 +50,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def extra_repr(self) -> str:
         """What torch shows of the module, and the engine where one is named."""
-        return impl_repr(self)
+        return with_impl(self)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -65,13 +67,13 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
     def __init__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        set_impl(self, impl)
+        set_impl(self, impl, IMPLS)
         take_over(self.self_attn, impl)
         take_over(self.multihead_attn, impl)
 
     def extra_repr(self) -> str:
         """What torch shows of the module, and the engine where one is named."""
-        return impl_repr(self)
+        return with_impl(self)
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -111,4 +113,4 @@ def holds_causal(mask: Tensor) -> bool:
 def take_over(attention: nn.MultiheadAttention, impl: str) -> None:
     """Turn torch's module into ours in place: parameters, hooks and state stay."""
     attention.__class__ = MultiheadAttention
-    set_impl(attention, impl)
+    set_impl(attention, impl, IMPLS)
