@@ -31,7 +31,7 @@ ROWS = tuple(
 
 
 def row_of(module: nn.Module) -> Row | None:
-    """The row whose torch class a module is, or is derived from; None too where it is fastops' own already."""
+    """The row whose torch class a module is, or is derived from, as fastops' own class is."""
     for row in ROWS:
         if isinstance(module, row.torch_class):
             return row

@@ -22,7 +22,6 @@ from fastops.inspection.report import LABELS, KernelReport
 from fastops.kernels._static import StaticCase
 
 FORMAT = 2  # of a cached report; raise it when a figure is counted in another way
-SECONDS_PER_KERNEL = 600.0
 
 
 class InspectionError(ValueError):
