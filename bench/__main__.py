@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
+
+from fastops.__main__ import until_cut_off
 
 COMMANDS = {
     "run": ("bench.cli.run", "measure a suite (the default command)"),
@@ -36,13 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
     parsed = parser.parse_args(arguments)
     try:
-        return int(module.run(parsed))
+        return until_cut_off(lambda: module.run(parsed))
     except KeyboardInterrupt:
         print("interrupted; what was measured is on disk", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # command -> module with `add_arguments(parser)` and `run(arguments) -> exit code`; imported only when asked for
 COMMANDS = {
@@ -30,7 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
     parsed = parser.parse_args(arguments)
     assert module is not None
-    return int(module.run(parsed))
+    return until_cut_off(lambda: module.run(parsed))
+
+
+def until_cut_off(command: Callable[[], int]) -> int:
+    """Run a command; its exit code, and 0 where whoever read its output has seen enough, as `head` has."""
+    try:
+        code = int(command())
+        sys.stdout.flush()  # now, and not when Python ends and nobody can answer for it
+        return code
+    except (BrokenPipeError, SystemExit) as stop:
+        # rich leaves with SystemExit(1) where a pipe breaks, which here would mean a failure
+        if not isinstance(stop, BrokenPipeError) and not isinstance(stop.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _version() -> str:

@@ -141,7 +141,7 @@ def test_foreign_and_broken_files(save, capsys, content, words):
         assert error.count("\n") == 1
 
 
-def test_a_missing_file_and_a_binary_one(save, capsys, tmp_path):
+def test_a_missing_file_and_a_binary_one(capsys, tmp_path):
     assert compare(str(tmp_path / "none.json")) == 2
     assert "No such file" in capsys.readouterr().err
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")

@@ -59,12 +59,15 @@ def test_the_first_row_that_holds_decides(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    [None, "", "{", "[]", "{}", '{"rows": 3}', '{"rows": [{}]}', '{"rows": [{"engine": "a", "mark": "b", "when": 3}]}'],
+    [
+        *(None, "", "\udcff", "{", "[]", "{}", '{"rows": 3}', '{"rows": [{}]}'),
+        *(f'{{"rows": [{{"engine": "a", "mark": "b", "when": {when}}}]}}' for when in ("3", "[]")),
+    ],
 )
 def test_an_unreadable_table_warns_and_means_stock(text, tmp_path):
     if text is not None:
-        (tmp_path / "op.json").write_text(text)
-    with pytest.warns(UserWarning, match="op runs stock PyTorch") as heard:
+        (tmp_path / "op.json").write_text(text, errors="surrogateescape")
+    with pytest.warns(UserWarning, match=r"op\.json is unreadable .*; op runs stock PyTorch") as heard:
         assert tuning.load("op", tmp_path) == ()
     assert heard[0].filename == __file__
 

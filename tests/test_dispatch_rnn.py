@@ -113,9 +113,6 @@ def test_which_engine_a_recurrent_layer_takes(gpu, monkeypatch):
         choose(512, "small")
 
 
-NO_BIAS = (None, None)
-
-
 def check_rnn(**changes):
     given = {"mode": "LSTM", "input": T(2, 3, 4), "h0": T(1, 3, 6), "c0": T(1, 3, 6), "lengths": None}
     given |= {"weights": [(T(24, 4), T(24, 6), T(24), T(24))], "batch_first": False}

@@ -79,18 +79,6 @@ def test_a_read_only_triton_cache_is_read_and_what_is_missing_there_is_named(com
         assert "FASTOPS_IMPL=torch avoids it" in message
 
 
-def test_a_corrupt_tuning_table_says_so_and_means_stock(tmp_path):
-    from fastops import tuning
-
-    for text in ("{", '{"rows": 3}', '{"rows": [{}]}', "[]", '{"rows": [{"engine": "x", "mark": "", "when": []}]}'):
-        (tmp_path / "rnn.json").write_text(text)
-        with pytest.warns(UserWarning, match=r"rnn\.json is unreadable.*stock PyTorch"):
-            assert tuning.load("rnn", tmp_path) == ()
-    (tmp_path / "rnn.json").write_bytes(b"\xff\xfe")
-    with pytest.warns(UserWarning, match="unreadable"):
-        assert tuning.load("rnn", tmp_path) == ()
-
-
 @pytest.fixture
 def sanitizer(tmp_path):
     """A compute-sanitizer that says what it was asked, and finds something with one tool."""

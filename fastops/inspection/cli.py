@@ -74,15 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; the exit code."""
     try:
         return _run(arguments)
+    except BrokenPipeError:  # an OSError, and no fault of the command's
+        raise
     except (InspectionError, ValueError, OSError) as error:
         print(f"fastops inspect: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastops inspect: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
