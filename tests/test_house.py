@@ -161,3 +161,13 @@ def test_public_names_are_few_and_documented():
     for name in fastops.__all__:
         value = getattr(fastops, name)
         assert name == "__version__" or (value.__doc__ or "").strip(), f"fastops.{name} has no docstring"
+
+
+def test_every_op_explains_itself_and_every_engine_is_known():
+    """`fastops env` asks the ops that NAMES lists, FASTOPS_IMPL takes the engines of any."""
+    from fastops import _env, ops
+
+    files = (ROOT / "fastops" / "ops").glob("*.py")
+    assert {file.stem for file in files if "\ndef explain_auto(" in file.read_text()} == set(ops.NAMES)
+    allowed = (getattr(module, "IMPLS", None) or module.ENGINES for module in ops.modules())
+    assert {impl for impls in allowed for impl in impls} == set(_env.KNOWN_IMPLS)

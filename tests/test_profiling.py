@@ -223,8 +223,9 @@ def test_files(trained, tmp_path):
         assert json.load(file)["traceEvents"]
 
 
-def test_operator_times_are_those_of_the_profiler_itself(monkeypatch):
-    """Between the first and the last step mark lies all that was recorded."""
+@pytest.fixture
+def profilers(monkeypatch):
+    """Every torch profiler that is made."""
     made = []
 
     class Kept(torch.profiler.profile):
@@ -233,28 +234,25 @@ def test_operator_times_are_those_of_the_profiler_itself(monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(torch.profiler, "profile", Kept)
+    return made
+
+
+def test_operator_times_are_those_of_the_profiler_itself(profilers):
+    """Between the first and the last step mark lies all that was recorded."""
     with fastops.profile(Net(), warmup=1, steps=3) as p:
         train(p.recorder.ranges.roots[0], 5)
     ranges = (MODULE_RANGE, "fastops ", "Optimizer.")
-    theirs = sum(row.self_cpu_time_total for row in made[0].key_averages() if not row.key.startswith(ranges))
+    theirs = sum(row.self_cpu_time_total for row in profilers[0].key_averages() if not row.key.startswith(ranges))
     ours = 3e3 * sum(row.total_ms for row in p.kernels())
     assert ours == pytest.approx(theirs, rel=0.01)
 
 
 @pytest.mark.gpu
-def test_kernel_times_are_those_of_the_profiler_itself(monkeypatch, device):
-    made = []
-
-    class Kept(torch.profiler.profile):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            made.append(self)
-
-    monkeypatch.setattr(torch.profiler, "profile", Kept)
+def test_kernel_times_are_those_of_the_profiler_itself(profilers, device):
     model = Net().to(device)
     with fastops.profile(model, warmup=2, steps=3) as p:
         train(model, 6, torch.randn(64, 3, 64, 64, device=device))
-    on_gpu = [event for event in made[-1].events() if event.device_type == torch._C._autograd.DeviceType.CUDA]
+    on_gpu = [event for event in profilers[-1].events() if event.device_type == torch._C._autograd.DeviceType.CUDA]
     theirs = sum(event.time_range.elapsed_us() for event in on_gpu if not event.is_user_annotation)
     assert p.summary.step.source == "kernels"
     assert 3e3 * sum(row.total_ms for row in p.kernels()) == pytest.approx(theirs, rel=0.01)
