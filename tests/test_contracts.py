@@ -370,6 +370,7 @@ if not GPU:
 
 
 def cells():
+    assert REASONS.keys() <= {(contract, name) for contract in CONTRACTS for name in SUBJECTS}
     for contract_name, check in CONTRACTS.items():
         for name in SUBJECTS:
             marks = [pytest.mark.gpu] if contract_name in ON_GPU else []

@@ -1,16 +1,24 @@
 """What `fastops profile` makes of a trace: a GPU trace written by hand, ceilings, advice, ratios."""
 
 import io
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
-from fastops.profiling import work
-from fastops.profiling.advice import Replacement, advise
+from bench import ceilings as measured
+from bench.verdict import tf32_allowed
+from fastops.profiling import ceilings as read
+from fastops.profiling import table, work
+from fastops.profiling.advice import Advice, Replacement, advise
 from fastops.profiling.attribute import OPTIMIZER
 from fastops.profiling.ceilings import Ceilings
 from fastops.profiling.paired import from_pairs
+from fastops.profiling.proton import launch_metadata
 from fastops.profiling.summary import KernelRow, ModuleRow, StepSummary, Summary, short_name, summarise
 from fastops.profiling.trace import MODULE_RANGE, STEP_MARK, parse
 
@@ -37,14 +45,8 @@ def test_percent_of_the_ceiling_and_what_binds():
     assert rows["Net.conv"].bound_by == "neither"
     assert rows["Net.relu"].ceiling_percent is None
     assert summary.step.ceilings == "A GPU, data sheet"
-    from io import StringIO
-
-    from rich.console import Console
-
-    from fastops.profiling.table import screen
-
-    console = Console(file=StringIO(), width=200)
-    console.print(screen(summary, []))
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table.screen(summary, []))
     assert "% of ceiling" in console.file.getvalue()
     assert "A GPU, data sheet" in console.file.getvalue()
 
@@ -59,24 +61,16 @@ def test_rounding_to_tf32_raises_the_ceiling_of_what_may_round():
 
 def test_what_may_round_to_tf32_is_read_where_fp32_precision_was_set(fp32_precision):
     """After that the older allow_tf32 cannot be read any more."""
-    from bench.verdict import tf32_allowed
-    from fastops.profiling.ceilings import data_sheet
-
     fp32_precision(torch.backends.cuda.matmul, "tf32")
     fp32_precision(torch.backends.cudnn.conv, "ieee")
     fp32_precision(torch.backends.cudnn.rnn, "tf32")
-    found = data_sheet("NVIDIA GeForce RTX 3090")
+    found = read.data_sheet("NVIDIA GeForce RTX 3090")
     assert (found.tf32_convolutions, found.tf32_products) == (False, True)
     allowed = {op: tf32_allowed(op) for op in ("attention", "conv2d_relu", "rnn")}
     assert allowed == {"attention": True, "conv2d_relu": False, "rnn": True}
 
 
 def test_ceilings_measured_by_the_benchmark_come_before_the_data_sheet(monkeypatch, tmp_path):
-    from types import SimpleNamespace
-
-    from bench import ceilings as measured
-    from fastops.profiling import ceilings as read
-
     gpu = SimpleNamespace(name="NVIDIA GeForce RTX 3090", uuid="0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -194,16 +188,24 @@ def test_only_small_optimizer_operations_are_worth_fusing(average_us, advised):
 
 
 def test_launches_tell_proton_their_bytes():
-    pytest.importorskip("triton")
-    from types import SimpleNamespace
-
-    from fastops.profiling.proton import annotate_kernels, launch_metadata
-
     x, y = torch.zeros(4, 4), torch.zeros(2, dtype=torch.int64)
     found = launch_metadata((1, 1, 1), SimpleNamespace(name="kernel"), {"x": x, "again": x, "y": y, "n": 3, "p": None})
     assert found == {"name": "kernel", "bytes": 64 + 16}
-    if torch.cuda.is_available():  # the interpreter's functions are of another kind
-        assert annotate_kernels() > 10
+
+
+def test_every_kernel_that_is_compiled_tells_its_bytes():
+    """In a process of its own: what the interpreter makes of kernels has no metadata."""
+    pytest.importorskip("triton")
+    code = (
+        "from fastops.profiling.proton import annotate_kernels, launch_metadata\n"
+        "from fastops.kernels.epilogue import bias_relu_kernel\n"
+        "assert annotate_kernels() > 10\n"
+        "assert bias_relu_kernel.launch_metadata is launch_metadata"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -242,11 +244,6 @@ def test_views_move_no_bytes():
 
 
 def test_advice_is_a_table_with_what_it_saves():
-    from rich.console import Console
-
-    from fastops.profiling import table
-    from fastops.profiling.advice import Advice
-
     console = Console(width=160, record=True, file=io.StringIO())
     summary = SimpleNamespace(step=SimpleNamespace(wall_ms=10.0))
     console.print(table._advice([Advice("fuse it", "two kernels", "accelerate(model)", "high", 2.5)], summary))
