@@ -197,7 +197,16 @@ def or_stock(op: str, auto: bool, kernel: Callable[[], Any], stock: Callable[[],
 
 def _remember(op: str, reason: str) -> None:
     if BROKEN.setdefault(op, reason) is reason:
-        warnings.warn(f"{op}: stock PyTorch runs from now on, a kernel failed: {reason}", RuntimeWarning, stacklevel=4)
+        message = f"{op}: stock PyTorch runs from now on, a kernel failed: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=_level_of_user())
+
+
+def _level_of_user() -> int:
+    """The `stacklevel` at which a warning of the calling function names the line that called fastops or autograd."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in {"fastops", "torch"}:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def why_no_transform(vmap: bool = True) -> str | None:

@@ -172,6 +172,9 @@ def test_auto_goes_on_with_stock_and_warns_once(name, direction, monkeypatch):
     assert f"fastops::{getattr(family, direction)}" in said
     assert "OutOfResources" in said
     assert "shared memory" in said
+    assert heard[0].filename == __file__, "a warning names the line of the user"
+    users = (family.call, weights_of) if direction == "forward" else (run,)
+    assert heard[0].lineno in {line for user in users for *_, line in user.__code__.co_lines()}
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         again = run(family, tensors, "auto")

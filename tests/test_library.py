@@ -1,13 +1,16 @@
 """What every op shares, without a kernel: gradients by reference, kinds of failure, transforms, waiting for imports."""
 
+import contextlib
 import importlib
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.utils import flop_counter
 
-from fastops import _library
+from fastops import _library, _triton_cache
+from tests.pretended_gpu import fake
 
 
 def two_results(x, y, unused):
@@ -109,6 +112,67 @@ def test_transforms():
     assert seen == [(None, None), (batched, None), (batched, None), (None, None), (forward, forward)]
 
 
+@pytest.fixture
+def define(monkeypatch):
+    """`_library.define` with a registry of its own; what it registers is gone after the test."""
+    for name in ("LAUNCHERS", "FAKES", "OR_STOCK", "FLOP_FORMULAS"):
+        monkeypatch.setattr(_library, name, {})
+    monkeypatch.setattr(flop_counter, "flop_registry", dict(flop_counter.flop_registry))
+    with torch.library._scoped_library("fastops", "FRAGMENT") as library:
+        monkeypatch.setattr(_library, "LIBRARY", library)
+        yield lambda name, **options: _library.define(
+            name, "(Tensor x) -> Tensor", f"{__name__}:launch", torch.empty_like, **options
+        )
+
+
+launched = []
+
+
+def launch(x):
+    launched.append(x.device)
+    return x + 1
+
+
+def test_defining_an_op(define, monkeypatch):
+    op = define("for_a_test")
+    assert op(torch.zeros(2)).tolist() == [1, 1]
+    assert op(torch.zeros(2, device="meta")).shape == (2,)
+    assert not _library.FLOP_FORMULAS
+    assert not _library.OR_STOCK
+    counted = define("counted_in_a_test", flops=lambda shape, **_: 7 * shape[0])
+    assert list(_library.FLOP_FORMULAS) == ["counted_in_a_test"]
+    assert list(flop_counter.flop_registry)[-1] is torch.ops.fastops.counted_in_a_test
+    with flop_counter.FlopCounterMode(display=False) as counter:
+        counted(torch.zeros(3))
+    assert counter.get_total_flops() == 21
+    both = define("with_stock_in_a_test", stock=("test", lambda x: x + 1))
+    assert both._schema.overload_name == ""
+    assert list(_library.OR_STOCK) == [both]
+    assert _library.OR_STOCK[both](torch.zeros(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_kernels_run_with_the_device_of_their_tensors_made_current(define, monkeypatch, current):
+    kernels = {}
+    register = _library.LIBRARY.impl
+    monkeypatch.setattr(
+        _library.LIBRARY,
+        "impl",
+        lambda name, kernel, key, **_: kernels.update({key: kernel}) or register(name, kernel, key),
+    )
+    define("on_a_gpu_in_a_test")
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: made_current.append(device) or contextlib.nullcontext())
+    monkeypatch.setattr(_library, "interpreting", lambda: False)
+    device = torch.device("cuda", 1)
+    launched.clear()
+    with fake(1).fake_mode:
+        assert kernels["CUDA"](fake(2, device=device)).shape == (2,)
+    assert launched == [device]
+    assert made_current == ([] if current == 1 else [device])
+
+
 class CompilationError(Exception):
     __module__ = "triton.compiler.errors"
 
@@ -127,6 +191,39 @@ def test_what_is_a_failure_to_launch(monkeypatch):
     assert _library._is_launch_failure(CompilationError("no such instruction")) is False
 
 
+def test_a_damaged_cache_is_compiled_anew_once(define, monkeypatch):
+    """What comes of that is what counts; an error that is not Triton's is raised as it is."""
+    op, outcomes, anew = define("compiled_anew_in_a_test"), [], []
+
+    def launcher(x):
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    @contextlib.contextmanager
+    def compiling_anew(failure):
+        anew.append(str(failure))
+        yield
+
+    monkeypatch.setitem(_library.LAUNCHERS, "compiled_anew_in_a_test", lambda: launcher)
+    monkeypatch.setattr(_triton_cache, "damaged", lambda error: "damaged" in str(error))
+    monkeypatch.setattr(_triton_cache, "compiling_anew", compiling_anew)
+    outcomes[:] = [CompilationError("damaged"), torch.ones(2)]
+    assert op(torch.zeros(2)).tolist() == [1, 1]
+    assert anew == ["damaged"]
+    outcomes[:] = [CompilationError("damaged"), CompilationError("no such instruction")]
+    with pytest.raises(_library.LaunchFailed, match="no such instruction"):
+        op(torch.zeros(2))
+    outcomes[:] = [CompilationError("damaged"), OSError("disk full")]
+    with pytest.raises(OSError, match="disk full"):
+        op(torch.zeros(2))
+    outcomes[:] = [CompilationError("whole"), torch.ones(2)]
+    with pytest.raises(_library.LaunchFailed, match="whole"):
+        op(torch.zeros(2))
+    assert len(anew) == 3
+
+
 def test_long_messages_are_cut_in_the_middle():
     assert _library._short("a\n  b") == "a b"
     assert _library._short("x" * 399) == "x" * 399
@@ -139,6 +236,7 @@ def test_waiting_for_an_import(tmp_path, monkeypatch):
         (tmp_path / f"module_{name}.py").write_text("value = 7")
     seen, finders = [], list(sys.meta_path)
     _library.after_import("module_awaited", lambda module: seen.append(module.value))
+    assert sys.meta_path[1:] == finders, "whoever waits is asked before whoever finds"
     importlib.import_module("module_other")
     assert not seen
     module = importlib.import_module("module_awaited")
