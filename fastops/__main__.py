@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def until_cut_off(command: Callable[[], int]) -> int:
     """Run a command; its exit code, and 0 where whoever read its output has seen enough, as `head` has."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a letter shows "?", and no traceback
     try:
         code = int(command())
         sys.stdout.flush()  # now, and not when Python ends and nobody can answer for it
@@ -44,8 +48,19 @@ def until_cut_off(command: Callable[[], int]) -> int:
         # rich leaves with SystemExit(1) where a pipe breaks, which here would mean a failure
         if not isinstance(stop, BrokenPipeError) and not isinstance(stop.__context__, BrokenPipeError):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _to_nowhere()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _to_nowhere()
+        print(f"the output could not be written: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _to_nowhere() -> None:
+    """What is still in the buffer of stdout goes nowhere, and no error comes of it when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _version() -> str:

@@ -26,9 +26,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({**facts, "engines": engines}, indent=2))
         return 0
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 200)  # a file has no edge to fold at
     table = Table("what", "value", title="fastops env", title_justify="left")
     for name, value in facts.items():
         if name == "gpus":
@@ -40,7 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not facts["gpus"]:
         table.add_row("GPU", "none that PyTorch sees")
     console.print(table)
-    ops = Table("op", "example", "engine", "why", title='impl="auto" here', title_justify="left")
+    ops = Table(
+        Column("op", overflow="fold"), "example", "engine", "why", title='impl="auto" here', title_justify="left"
+    )
     for choice in engines:
         ops.add_row(choice["op"], choice["example"], choice["engine"], choice["why"])
     console.print(ops)
@@ -48,19 +52,38 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def engine_choices() -> list[dict[str, str]]:
-    """What "auto" picks on this machine for typical cases of every op."""
+    """What "auto" picks on this machine for typical cases of every op; FASTOPS_IMPL, where it is set, decides."""
     from fastops import ops
 
-    choices = [choice for module in ops.modules() for choice in module.explain_auto()]
+    choices = []
+    for module in ops.modules():
+        allowed = vars(module).get("IMPLS") or module.ENGINES
+        choices += [_forced(choice, allowed) or _here(choice) for choice in module.explain_auto()]
+    return choices
+
+
+def _here(choice: dict[str, str]) -> dict[str, str]:
     reason: str | None = "no GPU here"
     if torch.cuda.is_available():
         reason = _env.why_no_triton(torch.device("cuda"))
     if reason is None:
-        return choices
-    return [
-        {**choice, "engine": "torch", "why": f"{reason}; on an H100: {choice['engine']}, {choice['why']}"}
-        for choice in choices
-    ]
+        return choice
+    return {**choice, "engine": "torch", "why": f"{reason}; on an H100: {choice['engine']}, {choice['why']}"}
+
+
+def _forced(choice: dict[str, str], allowed: tuple[str, ...]) -> dict[str, str] | None:
+    """The choice that FASTOPS_IMPL makes, or None where it makes none for this op."""
+    try:
+        engine = _env.choose_impl("auto", allowed)
+    except ValueError as error:
+        return {**choice, "engine": "none", "why": f"every such call raises ValueError: {error}"}
+    if engine == "auto":
+        return None
+    reason = None
+    if engine != "torch":
+        reason = _env.why_no_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    why = "FASTOPS_IMPL" if reason is None else f"FASTOPS_IMPL; such a call raises KernelUnavailable: {reason}"
+    return {**choice, "engine": engine, "why": why}
 
 
 def import_milliseconds() -> float:

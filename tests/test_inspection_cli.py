@@ -106,11 +106,20 @@ def test_bad_input_is_one_clear_message(kernels, tmp_path, capsys):
     assert "has 1 types, but 4 arguments" in bad(capsys, f"{at}:add_kernel", "--signature", "*fp16")
     assert "type 'float' of x_ptr" in bad(capsys, f"{at}:tuned_kernel", "--signature", "float,i32")
     assert "expected NAME=VALUE" in bad(capsys, f"{at}:add_kernel", "--signature", "i32", "--constexpr", "BLOCK")
+    assert "no compile option 'num_cta'; did you mean num_ctas" in bad(
+        capsys, f"{at}:tuned_kernel", "--signature", "*fp32,i32", "--option", "num_cta=2"
+    )
     assert "there is no file" in bad(capsys, f"{tmp_path}/none.py:k", "--signature", "i32")
     assert "no kernel matches 'nonsense'" in bad(capsys, "nonsense")
     assert "unknown target 'GTX 1080'" in bad(
         capsys, f"{at}:tuned_kernel", "--signature", "*fp16,i32", "-t", "GTX 1080"
     )
+    assert "an empty KERNEL" in bad(capsys, "")
+    assert "give one of them" in bad(capsys, "--check", tmp_path, "--update", tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+    assert "there is no folder" in bad(capsys, "--json", tmp_path / "none" / "r.json")
+    assert "is a folder" in bad(capsys, "--markdown", tmp_path)
+    assert "one after the other" in bad(capsys, "--json", "-", "--markdown", "-")
     assert "names no target" in bad(capsys, "epilogue", "-t", ",")
     assert "describe a kernel of your own" in bad(capsys, "epilogue", "--num-warps", "8")
     assert "there is no snapshot" in bad(
@@ -119,6 +128,16 @@ def test_bad_input_is_one_clear_message(kernels, tmp_path, capsys):
     assert "no such kernel takes fp8" in bad(capsys, "epilogue", "--dtype", "fp8")
     (tmp_path / "syntax.py").write_text("def f(:\n")
     assert "cannot be imported: SyntaxError" in bad(capsys, f"{tmp_path}/syntax.py:f", "--signature", "i32")
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--jobs", "0"), ("--jobs", "two"), ("--flops", "nan"), ("--bytes", "-1"), ("--bytes", "few")]
+)
+def test_numbers_that_are_none(wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", *wrong])
+    assert stop.value.code == 2
+    assert f"argument {wrong[0]}: expected a " in capsys.readouterr().err
 
 
 def test_without_triton_it_says_how_to_get_it(monkeypatch, capsys):
@@ -184,6 +203,7 @@ def test_signatures_may_hold_descriptors():
     ("op", "text", "message"),
     [
         ("attention", "1,2,3", "has 3 sizes"),
+        ("attention", "1,2,3,four", "'four' is not a size"),
         ("attention", "B=1,H=2,S=3", "lacks D"),
         ("attention", "B=1,H=2,S=3,D=4,Q=5", "has no 'Q'"),
         ("attention", "B=1,H=2,S=0,D=4", "not a size"),
@@ -197,6 +217,7 @@ def test_bad_shapes(op, text, message):
 
 
 def test_shapes_in_letters_and_in_order():
+    assert parse_shape("attention", "4x16x4096x128") == parse_shape("attention", "4, 16, 4096, 128")
     assert parse_shape("attention", "4,16,4096,128") == {"B": 4, "H": 16, "S": 4096, "D": 128}
     assert parse_shape("conv2d", "n=8 c=3 h=224 k=64 r=11 stride=4 padding=2")["PADDING"] == 2
 

@@ -164,6 +164,10 @@ def test_a_full_disk_costs_that_file_and_nothing_else(profile, tmp_path):
         (("--model", "torch.nn:ReLU", "--input", "2", "--steps", "0"), "--steps must be >= 1"),
         (("--model", "torch.nn:ReLU", "--input", "2", "--html", "no/such/folder/p.html"), "no folder"),
         (("--model", "torch.nn:ReLU", "--input", "2", "--html", "."), "is a folder"),
+        (("--model", "torch.nn:ReLU", "--input", "2", "--json", "-"), "give it a name"),
+        (("--model", "torch.nn:ReLU", "--input", "2", "--json", "a", "--html", "a"), "would write the same file"),
+        (("--model", "torch.nn:ReLU", "--input", "2", "--top", "0"), "--top must be >= 1"),
+        (("--model", "torch.nn:ReLU", "--input", "9999999x9999999999"), "--input 9999999x9999999999: "),
         (("-m",), "needs the name of a module"),
         (("-m", "no.such.module"), "no module 'no.such.module'"),
         (("--model", "torch.nn:ReLU", "--input", "2", "--backend", "proton"), "roton"),
@@ -225,6 +229,18 @@ def test_apply_says_where_there_is_nothing_to_apply(profile, tmp_path):
     code, out, _ = profile("--steps", 1, "--warmup", 1, "--apply", write(tmp_path, SCRIPT), 9)
     assert code == 0
     assert "nothing here that fastops.accelerate would change" in out
+
+
+def test_what_was_profiled_outlives_an_accelerated_step_that_fails(monkeypatch):
+    from fastops.profiling import cli, profile
+
+    def fails():
+        raise fastops.KernelUnavailable("not here")
+
+    monkeypatch.setattr("fastops.profiling.script.would_change", lambda roots: True)
+    profiler = profile(torch.nn.ReLU())
+    cli._apply(profiler, torch.nn.ReLU(), fails)
+    assert profiler.recorder.notes == ["--apply: the accelerated step failed: KernelUnavailable: not here"]
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

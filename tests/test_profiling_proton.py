@@ -51,10 +51,10 @@ def test_a_run_opens_and_closes_a_session(monkeypatch, capsys):
     assert "proton-viewer" in capsys.readouterr().err
 
     def no_gpu(name, hook):
-        raise RuntimeError("no driver")
+        raise RuntimeError("no driver.")
 
     recorder.start = no_gpu
-    with pytest.raises(BadRequest, match=r"Proton cannot start here: no driver\. It needs an NVIDIA GPU"):
+    with pytest.raises(BadRequest, match=r"Proton cannot start here: no driver; it needs an NVIDIA GPU"):
         proton.run_proton(OPTIONS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import fnmatch
 import importlib
@@ -82,6 +83,8 @@ def select(cases: Sequence[StaticCase], patterns: Iterable[str], dtype: str | No
     wanted = list(patterns)
     if wanted:
         for pattern in wanted:
+            if not pattern.strip():
+                raise InspectionError("an empty KERNEL names nothing; leave it out for all of them")
             if not any(_matches(case.name, pattern) for case in cases):
                 raise InspectionError(_nothing_matches(pattern, [case.name for case in cases]))
         chosen = [case for case in cases if any(_matches(case.name, pattern) for pattern in wanted)]
@@ -103,9 +106,9 @@ def _matches(name: str, pattern: str) -> bool:
 def _nothing_matches(pattern: str, names: list[str]) -> str:
     kernels = list(dict.fromkeys(name.partition("[")[0] for name in names))
     close = difflib.get_close_matches(pattern.partition("[")[0], kernels, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    hint = f"did you mean {' or '.join(close)}? The" if close else "the"
     return (
-        f"no kernel matches {pattern!r}; {hint}The library has {', '.join(kernels) or 'none'}; "
+        f"no kernel matches {pattern!r}; {hint} library has {', '.join(kernels) or 'none'}; "
         "`--list` shows their configurations. A kernel of your own is given as path/to/file.py:kernel_name"
     )
 
@@ -146,9 +149,10 @@ def user_cases(
         kernel: the jit function itself.
 
     Raises:
-        InspectionError: the kernel cannot be found, or the signature does not fit it.
+        InspectionError: the kernel cannot be found, the signature does not fit it, or Triton has no such option.
     """
     triton_version()
+    _check_options(options or {})
     if kernel is None:
         kernel = _load(where)
     names = parameters_of(kernel)
@@ -192,6 +196,18 @@ def parse_constexprs(texts: Iterable[str]) -> dict[str, Any]:
                 raise InspectionError(f"constexpr {part!r}: expected NAME=VALUE, e.g. BLOCK=128")
             found[name] = _value(value)
     return found
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Triton itself passes over an option that it does not know."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    known = [field.name for field in dataclasses.fields(CUDAOptions)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(known))}"
+            raise InspectionError(f"Triton has no compile option {name!r}; {hint}")
 
 
 def _value(text: str) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -49,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--num-stages", type=_positive, metavar="N", help="of the pipeline; default: 3, or autotune's")
     own.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="compile option: num_ctas=2")
     own.add_argument("--grid", type=_positive, metavar="N", help="programs launched, for waves")
-    own.add_argument("--flops", type=float, metavar="N", help="operations of the launch, for the roofline floor")
-    own.add_argument("--bytes", type=float, metavar="N", help="least bytes the launch moves, likewise")
+    own.add_argument("--flops", type=_amount, metavar="N", help="operations of the launch, for the roofline floor")
+    own.add_argument("--bytes", type=_amount, metavar="N", help="least bytes the launch moves, likewise")
     output = parser.add_argument_group("output")
     output.add_argument("--sass", action="store_true", help="print the machine code")
     output.add_argument("--ptx", action="store_true", help="print the PTX")
@@ -64,9 +66,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
     return number
 
 
@@ -89,6 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for heading, _, explanation in render.COLUMNS:
             print(f"{heading:12s}{explanation}")
         return 0
+    _check_output(arguments)
     targets = _targets(arguments.target)
     if arguments.shape is not None:
         return _run_shape(arguments, targets)
@@ -106,6 +118,23 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.check or arguments.update:
         return _gate(arguments, assessments, whole_library, targets is None, console)
     return _show(arguments, assessments, console, notes)
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
+    """Before anything compiles: minutes are not to end with a file that cannot be written."""
+    if arguments.check and arguments.update:
+        raise InspectionError("--check compares with a snapshot and --update writes it: give one of them")
+    if arguments.json == "-" and arguments.markdown == "-":
+        raise InspectionError("--json - and --markdown - would be one after the other on the terminal: give one a FILE")
+    for option in ("json", "markdown"):
+        place = getattr(arguments, option)
+        if place and place != "-":
+            path = Path(place).resolve()
+            if path.is_dir() or not path.parent.is_dir():
+                what = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+                raise InspectionError(f"--{option}: {what}")
+            if not os.access(path if path.exists() else path.parent, os.W_OK):
+                raise InspectionError(f"--{option}: {path} cannot be written")
 
 
 def _run_shape(arguments: argparse.Namespace, targets: list[Target] | None) -> int:

@@ -85,8 +85,12 @@ def parse_shape(op: str, text: str) -> dict[str, int]:
         raise InspectionError(f"--shape needs one op of {', '.join(EXAMPLES)}; got {op!r}")
     example = EXAMPLES[op]
     usage = f"{op} takes {', '.join(example.needed)} [{', '.join(example.optional)}]: {example.meaning}"
-    parts = [part for part in re.split(r"[\s,x]+" if "=" not in text else r"[\s,]+", text.strip()) if part]
+    parts = [
+        part for part in re.split(r"[\s,]+|(?<=\d)x(?=\d)" if "=" not in text else r"[\s,]+", text.strip()) if part
+    ]
     if all("=" not in part for part in parts):
+        if odd := [part for part in parts if not part.lstrip("-").isdigit()]:
+            raise InspectionError(f"--shape {text!r}: {odd[0]!r} is not a size; {usage}")
         if len(parts) != len(example.needed):
             raise InspectionError(f"--shape {text!r} has {len(parts)} sizes; {usage}")
         parts = [f"{letter}={size}" for letter, size in zip(example.needed, parts, strict=True)]

@@ -84,10 +84,16 @@ def _run(options: argparse.Namespace) -> int:
         raise script.BadRequest("--input and --train belong to --model; a script brings its own data and loop")
     if options.model and not options.input:
         raise script.BadRequest("--model needs at least one --input, e.g. --input 64x3x224x224")
+    written: dict[Path, str] = {}
     for name in ("html", "json", "trace"):
         path = getattr(options, name)
         if path:
             _check_writable(name, Path(path).resolve())
+            other = written.setdefault(Path(path).resolve(), name)
+            if other != name:
+                raise script.BadRequest(f"--{other} and --{name} would write the same file, {path}")
+    if options.top < 1:
+        raise script.BadRequest(f"--top must be >= 1, got {options.top}")
     if options.steps < 1 or options.warmup < 0:
         raise script.BadRequest(f"--steps must be >= 1 and --warmup >= 0, got {options.steps} and {options.warmup}")
     if options.backend == "proton":
@@ -124,6 +130,8 @@ def _check_writable(name: str, path: Path) -> None:
 
     if not path.parent.is_dir():
         raise BadRequest(f"--{name}: no folder {path.parent}")
+    if path.name == "-":
+        raise BadRequest(f"--{name} writes a file, the terminal has the report; give it a name")
     if path.is_dir():
         raise BadRequest(f"--{name}: {path} is a folder")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -137,15 +145,22 @@ def _apply(profiler: profile, model: torch.nn.Module, step: Callable[[], object]
     if not script.would_change([model]):
         profiler.recorder.notes.append(script.NOTHING_TO_APPLY)
         return
-    profiler.applied = compare(step, script.Switch([model]))
+    try:
+        profiler.applied = compare(step, script.Switch([model]))
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # e.g. FASTOPS_IMPL names what cannot run here; what was profiled stands
+        profiler.recorder.notes.append(f"--apply: the accelerated step failed: {type(error).__name__}: {error}")
 
 
 def _report(profiler: profile, options: argparse.Namespace, code: int) -> int:
     try:
-        profiler.show(top=options.top)
+        profiler.advice()
     except RuntimeError as error:
         print(f"fastops profile: {error}", file=sys.stderr)
         return code or 1
+    written = []  # before the screen, which may break off
     for name in ("html", "json", "trace"):
         path = getattr(options, name)
         if path:
@@ -155,5 +170,7 @@ def _report(profiler: profile, options: argparse.Namespace, code: int) -> int:
                 print(f"fastops profile: --{name}: {error}", file=sys.stderr)
                 code = code or 1
             else:
-                print(f"{name}: {path}")
+                written.append(f"{name}: {path}")
+    profiler.show(top=options.top)
+    print("".join(f"{line}\n" for line in written), end="")
     return code

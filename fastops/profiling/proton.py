@@ -26,7 +26,10 @@ def run_proton(options: argparse.Namespace) -> int:
     try:
         session = proton.start("fastops", hook="triton")
     except RuntimeError as error:
-        raise script.BadRequest(f"Proton cannot start here: {error}. It needs an NVIDIA GPU; drop --backend") from error
+        reason = str(error).rstrip(".")
+        raise script.BadRequest(
+            f"Proton cannot start here: {reason}; it needs an NVIDIA GPU, drop --backend without one"
+        ) from error
     annotate_kernels()
     launchers = dict(_library.LAUNCHERS)
     scope_ops(proton.scope)

@@ -173,7 +173,10 @@ def model_step(factory: str, inputs: Sequence[str], train: bool) -> tuple[torch.
     model = build(factory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train(train)
-    tensors = [parse_input(text, device, model) for text in inputs]
+    try:
+        tensors = [parse_input(text, device, model) for text in inputs]
+    except RuntimeError as error:
+        raise BadRequest(f"--input {' --input '.join(inputs)}: {str(error).splitlines()[0]}") from error
     optimizer = (
         torch.optim.SGD(model.parameters(), lr=1e-4) if train and any(True for _ in model.parameters()) else None
     )
