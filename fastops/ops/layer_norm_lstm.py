@@ -48,11 +48,11 @@ ROWS = tuning.load("layer_norm_lstm")
 
 def why_not(gates: Tensor, hidden: int, engine: str = "triton") -> str | None:
     """Why `engine` cannot run this call, or None where it can. "triton" is whichever of the two can."""
-    if gates.dtype not in DTYPES:
-        return f"the kernels compute fp16, bf16 and fp32, the tensors are {gates.dtype}"
     reason = _env.why_no_triton(gates.device)
     if reason is not None:
         return reason
+    if gates.dtype not in DTYPES:
+        return f"the kernels take fp16, bf16 and fp32, not {gates.dtype}"
     if gates.dtype == torch.bfloat16 and _env.interpreting():
         return "Triton's interpreter computes bf16 products wrongly"
     transform = _library.why_no_transform()

@@ -42,9 +42,12 @@ ROWS = tuning.load("rnn_cell")
 
 def why_not(input: Tensor) -> str | None:
     """Why the kernels cannot run on tensors like these, or None where they can."""
+    reason = _env.why_no_triton(input.device)
+    if reason is not None:
+        return reason
     if input.dtype not in DTYPES:
-        return f"the kernels compute fp16, bf16 and fp32, the tensors are {input.dtype}"
-    return _env.why_no_triton(input.device) or _library.why_no_transform()
+        return f"the kernels take fp16, bf16 and fp32, not {input.dtype}"
+    return _library.why_no_transform()
 
 
 def _check(
