@@ -47,9 +47,9 @@ def test_masks_and_their_gradient_in_bf16(shape, device):
 
 @pytest.mark.parametrize("D", [64, 128])
 def test_dropout_in_bf16(D, device):
-    given = tensors(300, 500, D, torch.bfloat16, device)
+    given, lengths = tensors(300, 500, D, torch.bfloat16, device), random_lengths(2, 500, device)
     keep = attention_dropout.keep_mask(seed_of_next_call(device), 4, 300, 500, 0.1).view(2, 2, 300, 500)
-    check(*given, keep=keep, dropout_p=0.1, key_lengths=random_lengths(2, 500, device))
+    check(*given, keep=keep, dropout_p=0.1, key_lengths=lengths)
 
 
 def test_very_negative_lse(device):
@@ -131,5 +131,6 @@ def test_compiled_by_inductor(dynamic, device):
 def test_many_sequences_pass_the_limit_of_grid_dimensions(device):
     q = torch.randn(70000, 1, 4, 16, device=device).half()
     out = sdpa(q, q, q, impl="triton")
-    torch.testing.assert_close(out, sdpa(q, q, q, impl="torch"), rtol=1e-2, atol=1e-2)
+    stock = torch.cat([sdpa(part, part, part, impl="torch") for part in q.split(35000)])  # stock may have that limit
+    torch.testing.assert_close(out, stock, rtol=1e-2, atol=1e-2)
     assert math.isfinite(out.float().sum())

@@ -205,11 +205,12 @@ def test_opcheck(engine, save, device):
 
 
 @pytest.mark.parametrize("impl", ["small", "step"])
-def test_a_length_nobody_looked_at_is_clamped_and_raised_later(impl):
+@pytest.mark.parametrize("length", [3, 2**32 + 2])
+def test_a_length_nobody_looked_at_is_clamped_and_raised_later(impl, length):
     """What a GPU does, where the values cannot be checked before the launch."""
     tensors = [t.detach() for t in arguments(2, 2, 4)]
     options = (1.0, 1.0, 1e-5, True, False, False, impl)
-    wrong = ops._forward(*tensors, None, None, torch.tensor([2, 3]), *options)
+    wrong = ops._forward(*tensors, None, None, torch.tensor([2, length]), *options)
     with pytest.raises(ValueError, match=r"lengths\[1\]"):
         ops._forward(*tensors, None, None, torch.tensor([2, 2]), *options)
     right = ops._forward(*tensors, None, None, torch.tensor([2, 2]), *options)

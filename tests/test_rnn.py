@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastops import KernelUnavailable
-from fastops.ops.rnn import ENGINES, recurrent_layer, reference, why_not
+from fastops.ops.rnn import ENGINES, _forward_op, recurrent_layer, reference, why_not
 from fastops.ops.rnn_reference import GATES, stock
 from tests.conftest import GPU
 from tests.rule import assert_within_rule
@@ -119,6 +119,27 @@ def test_lengths_with_gaps(device, impl):
     layer = Layer("GRU", torch.float32, 3, 4, 5, 8, device=device)
     lengths = torch.tensor([3, 0, 1, 0, 2, 0, 3, 0], dtype=torch.int32, device=device)[::2]
     assert_layer(layer, impl, lengths)
+
+
+@pytest.mark.parametrize("impl", ["small", "step", "persistent"])
+@pytest.mark.parametrize("wrong", [4, -1, 2**32 + 2])
+def test_a_length_nobody_looked_at_is_clamped_and_raised_later(device, impl, wrong):
+    """What a GPU does, where the values cannot be checked before the launch; 32 bits would make 2 of the last."""
+    layer = Layer("RNN_TANH", torch.float32, 3, 2, 4, 72 if impl == "persistent" else 8, states=False, device=device)
+    x, _, _, weights = layer.leaves(torch.float32)
+
+    def forward(*lengths):
+        flat = [w.detach() for w in weights[0]]
+        return _forward_op(
+            x.detach(), None, None, flat, torch.tensor(lengths, device=device), "RNN_TANH", False, False, impl, False
+        )[0]
+
+    found = forward(2, wrong)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(ValueError, match=r"lengths\[1\]"):
+        forward(2, 3)
+    assert torch.equal(found, forward(2, min(max(wrong, 0), 3)))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -176,7 +176,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of gates, of the products by steps (T, B, 4H), of h0 and c0 (B, H), and (6H) fp32 of gains and bias."""
     steps, batch, hidden = _sizes(gates, batch_first)
-    lengths = None if lengths is None else lengths.clamp(0, steps)
+    lengths = None if lengths is None else lengths.clamp(0, steps).to(torch.int32)
     gates, w_hh, grad_output, mask_h, mask_c = _dense(gates, w_hh, grad_output, mask_h, mask_c)
     gain, gain_c, bias_c = _dense(gain, gain_c, bias_c)
     grad_gates, grad_product = gates.new_empty(gates.shape), gates.new_empty((steps, batch, 4 * hidden))

@@ -27,7 +27,7 @@ def backward_kernel(
     d_gates_ptr,  # (D, rows, SLOTS * H), written
     d_state_ptr,  # (D, B, H) fp32: dh_n, overwritten by dh0
     d_cell_ptr,  # (D, B, H) fp32: dc_n, overwritten by dc0
-    lengths_ptr,  # (B,) int32 with RAGGED
+    lengths_ptr,  # (B,) integers with RAGGED
     counter_ptr,  # (D, batch tiles) int32
     error_ptr,  # (2,) int32: 1 where a barrier did not complete
     T,
@@ -81,7 +81,7 @@ def backward_kernel(
     # steps are numbered as in the forward kernel; s counts them down
     sign = 1 - 2 * direction
     if RAGGED:
-        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + row64), 0), T)
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + row64), 0), T).to(tl.int32)
         s_end = tl.minimum(s_end, tl.max(length, axis=0))
         longest = tl.max(length, axis=0)
     else:

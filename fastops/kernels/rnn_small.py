@@ -30,7 +30,7 @@ def small_forward_kernel(
     output_ptr,  # (T, B, D * H) by strides
     before_ptr,  # (D, rows, H) with SAVE: h before each step
     cells_ptr,  # (D, rows, H) fp32 with SAVE: c after each step
-    lengths_ptr,  # (B,) int32 with RAGGED
+    lengths_ptr,  # (B,) integers with RAGGED
     error_ptr,  # (2,) int32: second word is 1 + a batch row whose length is out of range
     T,
     B,
@@ -77,7 +77,7 @@ def small_forward_kernel(
     sign = 1 - 2 * direction
     if RAGGED:
         given = tl.load(lengths_ptr + row64)
-        length = tl.minimum(tl.maximum(given, 0), T)
+        length = tl.minimum(tl.maximum(given, 0), T).to(tl.int32)  # 64-bit ones are cut before that
         wrong = tl.max(tl.where(given == length, 0, row64 + 1), axis=0)
         if wrong > 0:
             tl.store(error_ptr + 1, wrong.to(tl.int32))

@@ -27,7 +27,7 @@ def small_backward_kernel(
     d_gates_ptr,  # (D, rows, SLOTS * H), written
     d_state_ptr,  # (D, B, H) fp32: dh_n, overwritten by dh0
     d_cell_ptr,  # (D, B, H) fp32: dc_n, overwritten by dc0
-    lengths_ptr,  # (B,) int32 with RAGGED
+    lengths_ptr,  # (B,) integers with RAGGED
     T,
     B,
     rows,
@@ -69,7 +69,7 @@ def small_backward_kernel(
     # steps are numbered as in the forward kernel and counted down
     sign = 1 - 2 * direction
     if RAGGED:
-        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + row64), 0), T)
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + row64), 0), T).to(tl.int32)
         steps = tl.max(length, axis=0)
     else:
         length = T + tl.zeros((BLOCK_B,), tl.int32)

@@ -25,7 +25,7 @@ def step_forward_kernel(
     output_ptr,  # (T, B, D * H) by strides
     before_ptr,  # (D, rows, H) with SAVE: h before each step
     cells_ptr,  # (D, rows, H) fp32 with SAVE: c after each step
-    lengths_ptr,  # (B,) int32 with RAGGED
+    lengths_ptr,  # (B,) integers with RAGGED
     error_ptr,
     T,
     B,
@@ -102,7 +102,7 @@ def step_backward_kernel(
     d_step_ptr,  # (D, B, G * H), torch's gate order: the gradients of this step, zero where the row does not run
     d_state_ptr,  # (D, B, H) fp32 dh without the product, updated
     d_cell_ptr,  # (D, B, H) fp32 dc, updated
-    lengths_ptr,  # (B,) int32 with RAGGED
+    lengths_ptr,  # (B,) integers with RAGGED
     error_ptr,
     T,
     B,
@@ -194,7 +194,7 @@ def _place(
     length = T + tl.zeros((BLOCK_B,), tl.int32)
     if RAGGED:
         given = tl.load(lengths_ptr + row, mask=row < B, other=0)
-        length = tl.minimum(tl.maximum(given, 0), T)
+        length = tl.minimum(tl.maximum(given, 0), T).to(tl.int32)  # 64-bit ones are cut before that
         wrong = tl.max(tl.where(given == length, 0, row + 1), axis=0)
         if wrong > 0:
             tl.store(error_ptr + 1, wrong.to(tl.int32))

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fastops import _env, _library, tuning
 from fastops.ops.layer_norm_lstm_reference import reference, stock_backward, stock_forward
-from fastops.ops.rnn_check import check_lengths
+from fastops.ops.rnn_check import check_lengths, lengths_of
 from fastops.ops.rnn_reference import note_lengths
 
 __all__ = ["layer_norm_lstm"]
@@ -294,7 +294,7 @@ def layer_norm_lstm(
             raise ValueError(f"{name} must be bool, got {mask.dtype}")
     if lengths is not None:
         check_lengths(lengths, batch, steps, gates.device)
-        lengths = lengths.to(torch.int32)
+        lengths = lengths_of(lengths)
     tensors = (gates, w_hh, gain_hh, gain_c, bias_c, h0, c0)
     rest: Any = (mask_h, mask_c, lengths, keep_h, keep_c, eps, reverse, batch_first)
     engine = choose(gates, hidden, impl)

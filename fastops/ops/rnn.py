@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fastops import _env, _library, tuning
 from fastops.ops import rnn_launch
-from fastops.ops.rnn_check import check
+from fastops.ops.rnn_check import check, lengths_of
 from fastops.ops.rnn_launch import split
 from fastops.ops.rnn_reference import Weights, reference, stock
 
@@ -346,7 +346,7 @@ def _run(
             input,
             h0,
             c0,
-            None if lengths is None else lengths.to(torch.int32),
+            lengths_of(lengths),
             mode,
             batch_first,
             time.stride(0) < time.stride(1),

@@ -79,6 +79,13 @@ def check_lengths(lengths: Tensor, batch: int, steps: int, device: torch.device)
                 raise ValueError(f"lengths[{row}] must be between 0 and T = {steps}, got {length}")
 
 
+def lengths_of(lengths: Tensor | None) -> Tensor | None:
+    """Lengths as the kernels read them. 64-bit ones stay so, for the kernels to see those that 32 bits would wrap."""
+    if lengths is None or lengths.dtype in (torch.int32, torch.int64):
+        return lengths
+    return lengths.to(torch.int32)
+
+
 def _check_places(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Weights]) -> None:
     names = ("w_ih", "w_hh", "b_ih", "b_hh")
     others = [(name, w) for each in weights for name, w in zip(names, each, strict=True)]
