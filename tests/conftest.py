@@ -19,12 +19,26 @@ import tests.interpreter  # noqa: F401  what its import does
 from fastops import _env
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
     if not GPU:
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+    elif config.option.markexpr == "gpu":
+        items[:] = in_turns(items)
+
+
+def in_turns(items):
+    """The first case of each test, then the second of each, and so on: a run that is cut off has seen all of them."""
+    turns = {}
+    order = []
+    for index, item in enumerate(items):
+        test = item.nodeid.partition("[")[0]
+        order.append((turns.setdefault(test, 0), index, item))
+        turns[test] += 1
+    return [item for _, _, item in sorted(order, key=lambda entry: entry[:2])]
 
 
 NEEDS_KERNELS = (

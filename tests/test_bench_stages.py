@@ -74,6 +74,20 @@ def test_the_real_plan_fits_nine_minutes_and_eight_files(tmp_path):
     assert len(files) <= 8
 
 
+def test_gpu_tests_take_turns_so_that_a_cut_misses_none_of_them():
+    from types import SimpleNamespace
+
+    from tests.conftest import in_turns
+
+    names = ["a.py::one[1]", "a.py::one[2]", "a.py::one[x[3]]", "a.py::two", "b.py::one[1]", "b.py::one[2]"]
+    found = [item.nodeid for item in in_turns([SimpleNamespace(nodeid=name) for name in names])]
+    assert found == [names[i] for i in (0, 3, 4, 1, 5, 2)]
+
+
+def test_a_test_file_that_cannot_be_imported_stops_no_other(tmp_path):
+    assert "--continue-on-collection-errors" in gpu.stages(tmp_path)[0].arguments
+
+
 def test_results_are_gathered_from_all_files(tmp_path, capsys):
     from tests.bench_document import document
 
