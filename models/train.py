@@ -8,10 +8,13 @@ More GPUs: `torchrun --nproc-per-node N -m models.train ...`.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import math
 import sys
 from collections.abc import Sequence
 
+from fastops import KernelUnavailable
 from models.data import DataError
 from models.training.checkpoint import CheckpointError
 from models.training.loop import Diverged
@@ -45,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     how.add_argument("--epochs", type=_positive, metavar="N", help="rounds through the data (default: the preset's)")
     how.add_argument("--batch", type=_positive, metavar="N", help="samples a step, in each process")
-    how.add_argument("--lr", dest="learning_rate", type=float, metavar="X", help="learning rate (default: preset's)")
-    how.add_argument("--seed", type=int, metavar="N", help="of weights, data order and dropout (default: 0)")
+    how.add_argument("--lr", dest="learning_rate", type=_rate, metavar="X", help="learning rate (default: preset's)")
+    how.add_argument("--seed", type=_seed, metavar="N", help="of weights, data order and dropout (default: 0)")
     how.add_argument("--accelerate", action=argparse.BooleanOptionalAction, help="fastops.accelerate (default: yes)")
     how.add_argument("--amp", choices=["bf16", "fp16", "off"], help="autocast (default: off)")
     how.add_argument("--compile", action="store_true", help="torch.compile")
@@ -75,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert set(found) <= names()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = Options(**found)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a letter shows "?", and no traceback
     try:
         if options.compare:
             from models.training.compare import compare
@@ -83,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from models.training.run import train
 
         return train(options, given=set(found))
-    except (DataError, CheckpointError, Diverged, OptionError, OSError) as error:
+    except (DataError, CheckpointError, Diverged, KernelUnavailable, OptionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, OptionError) else 1
     except ImportError as error:
         print(f"error: {error}; pip install 'fastops-triton[examples,hf]' brings all of it", file=sys.stderr)
         return 1
@@ -96,6 +101,23 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def _rate(text: str) -> float:
+    rate = float(text)
+    if not 0 <= rate < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or more and finite, got {text}")
+    return rate
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if abs(seed) > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"must lie within {-LARGEST_SEED} and {LARGEST_SEED}, got {text}")
+    return seed
+
+
+LARGEST_SEED = 2**40  # orders of epochs are seeded by multiples of it
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ class TestResume:
     def test_a_finished_run_says_so(self, table, tmp_path, capsys):
         train(options(table, tmp_path))
         assert train(Options(model="transformer", root=str(table), resume=str(tmp_path / "out" / "last.pt"))) == 0
-        assert "1 epochs are done already" in capsys.readouterr().out
+        assert "1 epoch done already" in capsys.readouterr().out
 
     def test_the_tokenizer_travels(self, table, tmp_path):
         train(options(table, tmp_path))
@@ -332,7 +332,7 @@ class TestAccelerated:
         difference = float(out.split("two loss curves: ")[1].split()[0])
         assert difference < 1e-5
         assert picture.read_bytes().startswith(b"\x89PNG")
-        assert command.main([*arguments, "--compare", "--limit", "8"]) == 1
+        assert command.main([*arguments, "--compare", "--limit", "8"]) == 2
         assert "too few for a ratio" in capsys.readouterr().err
 
     def test_compare_counts_the_samples_of_short_rounds(self, table):
@@ -352,14 +352,38 @@ class TestCommandLine:
             (["bert", "--task", "lm"], "bert has no task 'lm'"),
             (["alexnet", "--data", "text"], "reads digits or cifar10"),
             (["alexnet", "--fold", "7"], "fold must be 0 to 4, got 7"),
+            (["alexnet", "--root", "there"], "--root is of --data cifar10, text or table"),
+            (["alexnet", "--device", "gpu"], "--device gpu: Expected one of cpu, cuda"),
+            (["alexnet", "--device", "meta"], "hold no numbers"),
+            (["alexnet", "--plot", "curves.doc"], "ends in .png, .svg, .pdf"),
+            (["alexnet", "--plot", "/dev/null/curves.png"], "--plot: cannot write into /dev/null: "),
+            (["alexnet", "--compare", "--plot", "/dev/null/curves.png"], "--plot: cannot write into /dev/null: "),
+            (["alexnet", "--metrics", "/"], "--metrics /: is a folder"),
+            (["alexnet", "--out", "/dev/null/runs"], "--out: cannot write into /dev/null/runs: "),
             (["lstm", "--fold", "1"], "--fold is of the digits"),
             (["transformer", "--data", "table"], "needs --root"),
+        ],
+    )
+    def test_one_line_for_wrong_arguments(self, arguments, message, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        assert command.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+        assert error.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
             (["alexnet", "--data", "cifar10", "--root", "/nowhere"], "is missing"),
             (["transformer", "--resume", "/nowhere.pt"], "/nowhere.pt is missing"),
             (["transformer", "--task", "lm", "--data", "text", "--root", "/nowhere"], "is not a folder"),
+            (["transformer", "--data", "table", "--root", "two.csv"], "nothing is left to learn"),
         ],
     )
-    def test_one_line_for_a_mistake(self, arguments, message, capsys):
+    def test_one_line_for_a_failure(self, arguments, message, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        Path("two.csv").write_text("text,label\none,a\ntwo,b\n")
         assert command.main(arguments) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ")
@@ -368,10 +392,36 @@ class TestCommandLine:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_no_gpu(self, capsys):
-        assert command.main(["transformer", "--device", "cuda"]) == 1
+        assert command.main(["transformer", "--device", "cuda"]) == 2
         assert "sees no GPU" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("arguments", [[], ["resnet"], ["bert", "--epochs", "0"], ["bert", "--amp", "int8"]])
+    def test_an_engine_that_is_none_or_cannot_run_here(self, table, tmp_path, monkeypatch, capsys):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        arguments = ["rnn", "--task", "classify", "--preset", "tiny", "--data", "table", "--root", str(table)]
+        arguments += ["--device", "cpu", "--out", str(tmp_path / "out")]
+        for engine, code, message in (("tritn", 2, "FASTOPS_IMPL must be one of"), ("triton", 1, "the tensors are on")):
+            monkeypatch.setenv("FASTOPS_IMPL", engine)
+            assert command.main(arguments) == code
+            assert message in capsys.readouterr().err.splitlines()[-1]
+
+    def test_a_smoke_run_of_every_model_is_short(self):
+        settled = tasks.settle(Options("alexnet", preset="tiny"))
+        assert settled.limit == 32
+        assert tasks.settle(Options("alexnet", preset="tiny", limit=64)).limit == 64
+        assert tasks.settle(Options("alexnet")).limit is None
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            [],
+            ["resnet"],
+            ["bert", "--epochs", "0"],
+            ["bert", "--amp", "int8"],
+            ["bert", "--lr", "nan"],
+            ["bert", "--lr", "-1"],
+            ["bert", "--seed", "9" * 20],
+        ],
+    )
     def test_wrong_arguments_exit_with_2(self, arguments):
         with pytest.raises(SystemExit) as stop:
             command.main(arguments)

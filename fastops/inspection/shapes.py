@@ -85,9 +85,8 @@ def parse_shape(op: str, text: str) -> dict[str, int]:
         raise InspectionError(f"--shape needs one op of {', '.join(EXAMPLES)}; got {op!r}")
     example = EXAMPLES[op]
     usage = f"{op} takes {', '.join(example.needed)} [{', '.join(example.optional)}]: {example.meaning}"
-    parts = [
-        part for part in re.split(r"[\s,]+|(?<=\d)x(?=\d)" if "=" not in text else r"[\s,]+", text.strip()) if part
-    ]
+    between = r"[\s,]+" if "=" in text else r"[\s,]+|(?<=\d)x(?=\d)"
+    parts = [part for part in re.split(between, text.strip()) if part]
     if all("=" not in part for part in parts):
         if odd := [part for part in parts if not part.lstrip("-").isdigit()]:
             raise InspectionError(f"--shape {text!r}: {odd[0]!r} is not a size; {usage}")

@@ -147,10 +147,7 @@ def _apply(profiler: profile, model: torch.nn.Module, step: Callable[[], object]
         return
     try:
         profiler.applied = compare(step, script.Switch([model]))
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # e.g. FASTOPS_IMPL names what cannot run here; what was profiled stands
+    except (RuntimeError, ValueError) as error:  # FASTOPS_IMPL may name what cannot run here; the profile stands
         profiler.recorder.notes.append(f"--apply: the accelerated step failed: {type(error).__name__}: {error}")
 
 

@@ -145,7 +145,10 @@ def labelled_file(
         pairs.append((str(row[text_column]), str(row[label_column])))
     if len({label for _, label in pairs}) < 2:
         raise DataError(f"table: {file} has {len(pairs)} rows of fewer than two classes")
-    return split(pairs)
+    parts = split(pairs)
+    if not parts[0]:
+        raise DataError(f"table: {file} has one row of each class, and those are held out: nothing is left to learn")
+    return parts
 
 
 def split(pairs: Labelled) -> tuple[Labelled, Labelled]:

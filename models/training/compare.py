@@ -15,7 +15,7 @@ from fastops.profiling.paired import from_pairs
 from models.training import checkpoint, plots, tasks
 from models.training.distributed import Processes
 from models.training.loop import Trainer
-from models.training.options import OptionError, Options
+from models.training.options import OptionError, Options, check_files
 from models.training.run import choose_device
 
 ROUND = 5  # steps of one arm before the other has its turn
@@ -50,8 +50,9 @@ def compare(options: Options) -> int:
     if options.resume or options.init_from:
         raise OptionError("--compare starts two fresh trainings: leave out --resume and --init-from")
     options = tasks.settle(options)
+    check_files(plot=options.plot)
     if options.plot:
-        plots.require()
+        plots.require(options.plot)
     device = choose_device(options.device)
     console = Console(highlight=False, soft_wrap=True)
     task = tasks.build(options)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 # a resumed run must have these as the run had that wrote the checkpoint; everything else may change
@@ -53,6 +56,26 @@ class Options:
     def defining(self) -> dict[str, Any]:
         """The fields that a resumed run must repeat."""
         return {name: value for name, value in asdict(self).items() if name in DEFINING}
+
+
+def check_files(folder: str | None = None, **files: str | None) -> None:
+    """Make the folders that results go into, before anything runs: an epoch's work is not to end nowhere.
+
+    Raises:
+        OptionError: a folder cannot be made or written to, or a file of that name cannot be.
+    """
+    folders = {} if folder is None else {"out": Path(folder)}
+    folders |= {option: Path(name).parent for option, name in files.items() if name is not None}
+    for option, place in folders.items():
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise OptionError(f"--{option}: cannot write into {place}: {error.strerror}") from error
+    for option, name in files.items():
+        if name is not None and (Path(name).is_dir() or (Path(name).exists() and not os.access(name, os.W_OK))):
+            raise OptionError(f"--{option} {name}: {'is a folder' if Path(name).is_dir() else 'cannot be written'}")
 
 
 def names() -> set[str]:

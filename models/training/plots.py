@@ -13,16 +13,20 @@ if TYPE_CHECKING:
     from models.training.tasks import Task
 
 BLUE, ORANGE, GREY = "#1f6feb", "#d9730d", "#8b949e"
+SUFFIXES = (".png", ".svg", ".pdf")
 POINTS = 60  # of a smoothed curve, about
 
 
-def require() -> None:
-    """Fail early where there is no matplotlib.
+def require(path: str) -> None:
+    """Fail early where there is no matplotlib, or no picture can be written under that name.
 
     Raises:
-        OptionError: says what to install.
+        OptionError: says what to install, or to change.
     """
     import importlib.util
+
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise OptionError(f"--plot {path}: give a name that ends in {', '.join(SUFFIXES)}")
 
     if importlib.util.find_spec("matplotlib") is None:
         raise OptionError("pictures need matplotlib, which is not installed: pip install matplotlib")

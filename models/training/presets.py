@@ -23,6 +23,7 @@ class Preset:
     model: dict[str, Any]
     data: dict[str, Any]
     clip: float = 0.0  # largest norm of the gradient, 0 for any
+    limit: int | None = None  # samples at most, unless --limit says otherwise
 
 
 RECURRENT_LM = {
@@ -109,6 +110,7 @@ PRESETS: dict[tuple[str, str], dict[str, Preset]] = {
             learning_rate=1e-3,
             model={"dropout": 0.0},
             data={"size": 127, "resize": 127},
+            limit=32,
         ),
     },
     ("rnn", "lm"): RECURRENT_LM,

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from models.training import checkpoint, distributed, plots, tasks
 from models.training.loop import READ_EVERY, Stop, Trainer, initialise_from
-from models.training.options import DEFINING, OptionError, Options
+from models.training.options import DEFINING, OptionError, Options, check_files
 
 LAST, BEST = "last.pt", "best.pt"
 
@@ -33,7 +33,8 @@ def train(options: Options, given: set[str] | None = None) -> int:
         options = resumed(options, state, given or set())
     options = tasks.settle(options)
     if options.plot:
-        plots.require()
+        plots.require(options.plot)
+    check_files(options.folder, metrics=options.metrics, plot=options.plot)
     processes, device = distributed.join(choose_device(options.device))
     try:
         return _train(options, state, processes, device)
@@ -79,10 +80,19 @@ def choose_device(wanted: str | None) -> torch.device:
     """The device of that name, or a GPU where there is one."""
     if wanted is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise OptionError(f"--device {wanted}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise OptionError("--device meta: its tensors hold no numbers to train")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"--device {wanted}: this PyTorch sees no GPU")
     return device
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' if count != 1 else ''}"
 
 
 class Run:
@@ -104,7 +114,7 @@ class Run:
             f"{f' x {self.processes.world}' if self.processes.world > 1 else ''}: {self.task.about}"
         )
         if progress.epoch >= options.epochs:
-            self.console.print(f"{progress.epoch} epochs are done already; ask for more with --epochs")
+            self.console.print(f"{_epochs(progress.epoch)} done already; ask for more with --epochs")
             return 0
         with contextlib.ExitStack() as stack:
             self.metrics = Metrics(options.metrics if self.processes.first else None)
@@ -139,7 +149,7 @@ class Run:
                 self.save(BEST)
             if options.early_stop is not None and progress.since_best >= options.early_stop:
                 return f"no better {self.task.metric} for {options.early_stop} epochs"
-        return f"{progress.epoch} epochs done"
+        return f"{_epochs(progress.epoch)} done"
 
     def epoch(self) -> bool:
         """The rest of the running epoch; False where a signal ends it early."""

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastops import _env
 from models import data
+from models.data.images import FOLDS
 from models.training.options import OptionError, Options
 from models.training.presets import PRESET_NAMES, PRESETS, Preset
 
@@ -62,7 +64,8 @@ def settle(options: Options) -> Options:
     """Fill in what the preset decides; refuse what does not go together.
 
     Raises:
-        OptionError: a task or data set that this model does not have, a folder that is missing.
+        OptionError: a task or data set that this model does not have, a folder that is missing, a FASTOPS_IMPL that
+            is no engine.
     """
     if options.model not in KINDS:
         raise OptionError(f"model must be one of {', '.join(KINDS)}, got {options.model!r}")
@@ -75,10 +78,19 @@ def settle(options: Options) -> Options:
         raise OptionError(f"{options.model} ({task}) reads {' or '.join(allowed)}, not {chosen!r}")
     if chosen in ("cifar10", "text", "table") and options.root is None:
         raise OptionError(f"--data {chosen} needs --root: the {'file' if chosen == 'table' else 'folder'} to read")
+    if options.root is not None and chosen not in ("cifar10", "text", "table"):
+        raise OptionError(f"--root is of --data cifar10, text or table; {chosen} needs no files")
+    if not 0 <= options.fold < FOLDS:
+        raise OptionError(f"--fold must be 0 to {FOLDS - 1}, got {options.fold}")
     if options.fold and chosen != "digits":
         raise OptionError(f"--fold is of the digits; what {chosen} holds out is fixed")
     if options.preset not in PRESET_NAMES:
         raise OptionError(f"preset must be one of {', '.join(PRESET_NAMES)}, got {options.preset!r}")
+    if options.accelerate:
+        try:
+            _env.choose_impl("auto", _env.KNOWN_IMPLS)
+        except ValueError as error:
+            raise OptionError(str(error)) from error
     preset = PRESETS[options.model, task][options.preset]
     return replace(
         options,
@@ -87,6 +99,7 @@ def settle(options: Options) -> Options:
         epochs=preset.epochs if options.epochs is None else options.epochs,
         batch=preset.batch if options.batch is None else options.batch,
         learning_rate=preset.learning_rate if options.learning_rate is None else options.learning_rate,
+        limit=preset.limit if options.limit is None else options.limit,
     )
 
 
