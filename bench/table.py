@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench import environment, stats
+from fastops.inspection.render import duration
 
 STYLES = {
     stats.FASTER: "bold green",
@@ -78,9 +79,9 @@ def _add(table: Table, row: dict[str, Any]) -> None:
         case,
         row["mode"],
         escape(versus["best"]),
-        time(best["median_s"]),
+        duration(best["median_s"]),
         escape(versus["arm"]),
-        time(ours["median_s"]),
+        duration(ours["median_s"]),
         f"{versus['ratio']:.3f}x [{versus['lo']:.3f}-{versus['hi']:.3f}]".replace("[", r"\["),
         f"±{100 * row['noise']['floor']:.1f} %",
         f"{ours['tflops']:.3g}",
@@ -102,13 +103,13 @@ def print_arms(console: Console, row: dict[str, Any]) -> None:
         seconds, cold = provider.get("median_s"), provider.get("cold_s")
         table.add_row(
             escape(name),
-            time(seconds) if seconds is not None else "",
+            duration(seconds) if seconds is not None else "",
             f"{versus['ratio']:.3f}x" if versus else "best" if seconds is not None else "",
             f"{provider['tflops']:.3g}" if seconds is not None else "",
             f"{percent:.0f} %" if percent is not None else "",
             memory(provider.get("peak_bytes"), None) if seconds is not None else "",
             str(provider.get("launches") or ""),
-            time(cold) if cold is not None else "",
+            duration(cold) if cold is not None else "",
             provider.get("verdict", provider["role"]) if seconds is not None else escape(why(provider)),
         )
     console.print()
@@ -163,14 +164,6 @@ def verdict_line(rows: list[dict[str, Any]], machine: str) -> str:
     if losses:
         return f"{line}; losses: {', '.join(losses)}"
     return line if math.isnan(mean) else f"{line}; no losses"
-
-
-def time(seconds: float) -> str:
-    """A time with three digits and its unit."""
-    for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
-        if seconds < limit:
-            return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:.0f} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def memory(peak: float | None, other: float | None) -> str:

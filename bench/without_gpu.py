@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench import environment, results, table
+from fastops.inspection.render import duration
 
 if TYPE_CHECKING:
     from fastops.inspection import Assessment
@@ -107,7 +108,7 @@ def _table(families: dict[str, list[Assessment]], label: str) -> Table:
             str(sum(report.spills or report.error is not None for report in reports) or "none"),
             span([report.shared_bytes // 1024 for report in reports], lambda kib: f"{kib} KiB"),
             span([round(100 * one.occupancy.fraction) for one in members if one.occupancy], lambda p: f"{p} %"),
-            span(floors, table.time),
+            span(floors, duration),
         )
     return shown
 

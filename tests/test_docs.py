@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import results, table
+from bench import results
+from fastops.inspection.render import duration
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,7 +77,7 @@ def test_times_in_the_readme_are_those_of_the_committed_file():
     wanted = []
     for row in document["rows"]:
         versus, providers = row["vs_best"], row["providers"]
-        times = [table.time(providers[versus[which]]["median_s"]) for which in ("best", "arm")]
+        times = [duration(providers[versus[which]]["median_s"]) for which in ("best", "arm")]
         ratio = f"{versus['ratio']:.3f}x [{versus['lo']:.3f}, {versus['hi']:.3f}]"
         wanted.append(f"{row['mode']} | {times[0]} | {times[1]} | {ratio} | {row['verdict']} |")
     shown = [line.partition("| ")[2].partition("| ")[2] for line in text.splitlines() if re.search(r"x \[\d", line)]

@@ -319,3 +319,15 @@ def test_floor_of_an_op_in_words():
     h100 = find_target("H100")
     assert re.match(r"attention on .*: 3,000 MB, 2,000 GFLOP; floor .*H100", render.floor_note(op, "fp16", h100))
     assert re.match(r"copy on .*: 3,350 MB; floor .*\(.*\), from .*H100", render.floor_note(memory, "fp16", h100))
+
+
+def test_times_have_three_digits_and_a_unit():
+    times = {
+        1.5e-7: "150 ns",
+        2e-5: "20 us",
+        9.9996e-4: "1000 us",
+        1.234e-3: "1.23 ms",
+        0.9996: "1000 ms",
+        61.0: "61 s",
+    }
+    assert {seconds: render.duration(seconds) for seconds in times} == times

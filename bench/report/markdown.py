@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench import environment, table
+from fastops.inspection.render import duration
 
 
 def render(document: dict[str, Any]) -> str:
@@ -35,9 +36,9 @@ def _row(row: dict[str, Any]) -> list[str]:
         name,
         row["mode"],
         versus["best"],
-        table.time(best["median_s"]),
+        duration(best["median_s"]),
         versus["arm"],
-        table.time(ours["median_s"]),
+        duration(ours["median_s"]),
         f"{versus['ratio']:.3f}x [{versus['lo']:.3f}-{versus['hi']:.3f}]",
         f"{percent:.0f} %" if percent is not None else "-",
         row["verdict"],

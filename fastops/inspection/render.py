@@ -92,10 +92,9 @@ def floor_note(op: OpLaunches, dtype: str, target: Target) -> str:
 
 def duration(seconds: float) -> str:
     """A time with three digits and its unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+    unit, size = next((each for each in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)) if seconds >= each[1]), ("ns", 1e-9))
+    value = seconds / size
+    return f"{value:.0f} {unit}" if 999.5 <= value < 1000 else f"{value:.3g} {unit}"  # not 1e+03
 
 
 def _used(rows: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
