@@ -44,7 +44,7 @@ class Stage:
     resumes: bool = False
 
 
-def stages(out: Path, suite: str = "full") -> list[Stage]:
+def stages(out: Path) -> list[Stage]:
     """Tests first: a number of a wrong kernel is worth nothing. Then the ops; cases are in order of value."""
     tests = ["-m", "pytest", "-m", "gpu", "-q", "--maxfail=20", "-p", "no:cacheprovider", "tests"]
     tests += ["--continue-on-collection-errors"]  # a file that lacks a package takes no other with it
@@ -57,7 +57,7 @@ def stages(out: Path, suite: str = "full") -> list[Stage]:
         ("attention", ("attention", "varlen_attention", "bert"), 110.0),
         ("rnn", ("rnn", "lstm_model"), 110.0),
     ):
-        arguments = ["-m", "bench", "run", "--suite", suite, "--quick", "--device", "cuda"]
+        arguments = ["-m", "bench", "run", "--suite", "full", "--quick", "--device", "cuda"]
         arguments += ["--json", str(out / f"{name}.json")]
         for op in ops:
             arguments += ["--op", op]
@@ -65,7 +65,7 @@ def stages(out: Path, suite: str = "full") -> list[Stage]:
     return found
 
 
-def run_stage(stage: Stage, out: Path, seconds: float, python: str = sys.executable) -> dict[str, object]:
+def run_stage(stage: Stage, out: Path, seconds: float) -> dict[str, object]:
     """Run one stage to its end or its deadline; a process that died is started again where that makes sense."""
     deadline = time.monotonic() + seconds
     started = time.monotonic()
@@ -75,7 +75,7 @@ def run_stage(stage: Stage, out: Path, seconds: float, python: str = sys.executa
         if left < FEWEST_S and attempts:
             break
         attempts += 1
-        arguments = [python, *stage.arguments]
+        arguments = [sys.executable, *stage.arguments]
         if stage.resumes:
             if attempts > 1 or os.environ.get("RESUME"):
                 arguments.append("--resume")
@@ -113,7 +113,7 @@ def _run(arguments: list[str], log: Path, seconds: float) -> int | None:
             return None
 
 
-def run_all(plan: list[Stage], out: Path, total_s: float = TOTAL_S, python: str = sys.executable) -> list[dict]:
+def run_all(plan: list[Stage], out: Path, total_s: float = TOTAL_S) -> list[dict]:
     """Run the stages in order; the summary is rewritten after each."""
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + total_s
@@ -125,7 +125,7 @@ def run_all(plan: list[Stage], out: Path, total_s: float = TOTAL_S, python: str 
             done.append({"stage": stage.name, "exit_code": None, "ended": "no time left", "seconds": 0.0, "starts": 0})
             continue
         print(f"[{total_s - (end - time.monotonic()):4.0f} s] {stage.name}: up to {left:.0f} s", flush=True)
-        found = run_stage(stage, out, left, python)
+        found = run_stage(stage, out, left)
         spare += stage.share - float(str(found["seconds"]))
         done.append(found)
         (out / "summary.json").write_text(json.dumps(done, indent=1), encoding="utf-8")

@@ -45,12 +45,11 @@ def paired_ratio(baseline_s: Sequence[float], arm_s: Sequence[float], resamples:
     return Ratio(float(np.median(ratios)), lo, hi)
 
 
-def median_interval(values: np.ndarray, resamples: int = 2000, confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the median, with a fixed seed: the same samples give the same interval."""
+def median_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the median, with a fixed seed: the same samples give the same interval."""
     random = np.random.default_rng(0)
     medians = np.median(values[random.integers(0, len(values), (resamples, len(values)))], axis=1)
-    tail = (1 - confidence) / 2
-    lo, hi = np.quantile(medians, (tail, 1 - tail))
+    lo, hi = np.quantile(medians, (0.025, 0.975))
     return float(lo), float(hi)
 
 

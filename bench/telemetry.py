@@ -23,10 +23,9 @@ Sample = tuple[float, int, float, int, int]  # seconds since start, SM MHz, watt
 class Telemetry:
     """A thread that samples the current GPU. Without NVML or a GPU it records nothing and says why."""
 
-    def __init__(self, device: torch.device, interval_s: float = INTERVAL_S):
+    def __init__(self, device: torch.device):
         self.samples: list[Sample] = []
         self.problem: str | None = None
-        self.interval_s = interval_s
         self._handle: Any = None
         self._nvml: Any = None
         self._stop = threading.Event()
@@ -57,7 +56,7 @@ class Telemetry:
             self._thread.join(timeout=2)
 
     def _loop(self) -> None:
-        while not self._stop.wait(self.interval_s):
+        while not self._stop.wait(INTERVAL_S):
             try:
                 self.samples.append(self.read())
             except Exception as error:

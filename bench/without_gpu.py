@@ -33,14 +33,14 @@ def show(console: Console, folder: Path = FOLDER) -> None:
     console.print()
 
 
-def show_static(console: Console, seconds: float = STATIC_S) -> None:
+def show_static(console: Console) -> None:
     """Compile every shipped configuration and print what it needs. Nothing here was run."""
     from fastops.inspection import InspectionError, assess, compile_cases, find_target
     from fastops.inspection.catalog import library_cases
 
     target = find_target(TARGET)
     number = target.capability.number
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + STATIC_S
     try:
         cases = in_turns([case for case in library_cases() if number in case.targets])
         found = []
@@ -61,7 +61,7 @@ def show_static(console: Console, seconds: float = STATIC_S) -> None:
         if not one.fits or one.report.spills:
             console.print(f"  {one.report.name}: {one.verdict}", style="yellow", highlight=False, markup=False)
     left = len(cases) - len(found)
-    note = f"; {left} more not compiled within {seconds:.0f} s, run again for them (results are kept)" if left else ""
+    note = f"; {left} more not compiled within {STATIC_S:.0f} s, run again for them (results are kept)" if left else ""
     console.print(
         f"{len(found)} configurations{note}; floor: roofline of the data sheet for the sample shapes, estimated; "
         "`fastops inspect` prints each",

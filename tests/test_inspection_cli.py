@@ -176,6 +176,20 @@ def test_inspect_takes_functions_and_names():
         num_warps=8,
     )
     assert report.registers == compile_case(product(), 90).registers
+    (capped,) = inspect(
+        product_kernel,
+        [90],
+        signature="*fp16,*fp16,*fp16,i32:16,i32:16",
+        constexprs={"BM": 128, "BN": 128, "BK": 64, "PREC": "ieee"},
+        num_warps=8,
+        num_stages=2,
+        options={"maxnreg": 104},
+    )
+    assert (capped.num_stages, capped.registers <= 104 < report.registers) == (2, True)
+    named = inspect("epilogue.bias_relu[", "sm_90", dtype="bf16", jobs=1)
+    assert [report.name for report in named] == [
+        "epilogue.bias_relu[channels_last,bf16]", "epilogue.bias_relu[contiguous,bf16]",
+    ]  # fmt: skip
     with pytest.raises(InspectionError, match="needs a signature"):
         inspect(product_kernel)
     with pytest.raises(InspectionError, match="unknown target"):

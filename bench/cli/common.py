@@ -16,9 +16,9 @@ class CannotError(Exception):
     """The command cannot be carried out; the message is for the user."""
 
 
-def console(stderr: bool = False) -> Console:
+def console() -> Console:
     """A console that keeps tables whole in a log, and obeys NO_COLOR."""
-    made = Console(stderr=stderr)
+    made = Console()
     if not made.is_terminal:
         made.width = 160
     return made

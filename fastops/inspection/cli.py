@@ -104,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
     targets = _targets(arguments.target)
     if arguments.shape is not None:
         return _run_shape(arguments, targets)
-    cases, whole_library = _cases(arguments, targets)
+    cases, whole_library = _cases(arguments)
     if arguments.list:
         for case in cases:
             print(f"{case.name}  {' '.join(f'sm_{target}' for target in case.targets)}  {case.sample}".rstrip())
@@ -178,7 +178,7 @@ def _targets(text: str | None) -> list[Target] | None:
     return [find_target(name) for name in names]
 
 
-def _cases(arguments: argparse.Namespace, targets: list[Target] | None) -> tuple[list[StaticCase], bool]:
+def _cases(arguments: argparse.Namespace) -> tuple[list[StaticCase], bool]:
     own = [kernel for kernel in arguments.kernels if ":" in kernel]
     patterns = [kernel for kernel in arguments.kernels if ":" not in kernel]
     cases: list[StaticCase] = []

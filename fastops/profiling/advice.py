@@ -82,13 +82,13 @@ def _replace(summary: Summary, replacements: Sequence[Replacement]) -> Iterator[
             f"they take {spent:.3f} ms, {100 * spent / summary.step.wall_ms:.0f} % of the step",
             f'fastops.accelerate(model, only={{"{op}"}})',
             "low",
-            _elementwise_passes(summary, group, rows) if op == "conv2d_relu" else None,
+            _elementwise_passes(group, rows) if op == "conv2d_relu" else None,
             [r.path for r in group],
             accelerates=True,
         )
 
 
-def _elementwise_passes(summary: Summary, group: Sequence[Replacement], rows: dict[str, ModuleRow]) -> float:
+def _elementwise_passes(group: Sequence[Replacement], rows: dict[str, ModuleRow]) -> float:
     """Bias, ReLU and pool run as passes of their own over memory; fused, one of them is left."""
     paths = {r.path for r in group}
     saved = 0.0

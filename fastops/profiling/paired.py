@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fastops.profiling.capture import synchronize
 
 LEAST_NOISE = 0.01  # no clock here tells 1 % apart for certain, however narrow its interval
+RESAMPLES = 2000  # of the bootstrap
 RESOLUTION = 0.03  # SAME promises that a difference, if any, is smaller than this
 
 
@@ -68,17 +69,17 @@ def compare(
     return from_pairs(pairs)
 
 
-def from_pairs(pairs: Sequence[tuple[float, float]], *, resamples: int = 2000, seed: int = 0) -> Comparison:
+def from_pairs(pairs: Sequence[tuple[float, float]], *, seed: int = 0) -> Comparison:
     """The comparison for measured (before, after) seconds, one pair a round."""
     if not pairs:
         raise ValueError("no rounds were measured")
     ratios = [before / after for before, after in pairs]
     draw = random.Random(seed)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(resamples))
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
     return Comparison(
         statistics.median(ratios),
-        medians[int(0.025 * resamples)],
-        medians[int(0.975 * resamples) - 1],
+        medians[int(0.025 * RESAMPLES)],
+        medians[int(0.975 * RESAMPLES) - 1],
         1e3 * statistics.median(before for before, _ in pairs),
         1e3 * statistics.median(after for _, after in pairs),
         len(pairs),
