@@ -220,8 +220,14 @@ def test_a_module_itself():
 
 @pytest.mark.parametrize("wrong", [None, "model", nn.LSTM, torch.zeros(1)])
 def test_no_module(wrong):
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
-        fastops.accelerate(wrong)
+    for call in (
+        fastops.accelerate,
+        fastops.restore,
+        fastops.explain,
+        lambda model: fastops.accelerated(model).__enter__(),
+    ):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+            call(wrong)
 
 
 def test_shared_modules_are_swapped_once_and_stay_shared():

@@ -228,6 +228,13 @@ def test_products_are_counted():
     assert counter.get_total_flops() == 3 * product
 
 
+@pytest.mark.parametrize("wrong", ["half", (0.1, "half"), None, (0.1, 0.2, 0.3), 1.5, float("nan")])
+def test_zoneout_is_a_rate_or_two(wrong):
+    with pytest.raises((TypeError, ValueError), match="zoneout must be a rate"):
+        fastops.nn.LayerNormLSTM(3, 4, zoneout=wrong)
+    assert fastops.nn.LayerNormLSTM(3, 4, zoneout=[0.1, 0.2]).zoneout == (0.1, 0.2)
+
+
 def test_bad_arguments():
     good = [t.detach() for t in arguments(3, 2, 4)]
     for place, tensor, message in (

@@ -229,6 +229,8 @@ def test_same_errors_as_torch(name):
         x, h, *weights = good[:6]
         with pytest.raises((RuntimeError, TypeError)):
             getattr(fastops, name)(x, (h,) if name == "lstm_cell" else h[0], *weights, impl=engine)
+        with pytest.raises(TypeError, match="argument 'input' must be Tensor, not list"):
+            getattr(fastops, name)([x], (h, h) if name == "lstm_cell" else h, *weights, impl=engine)
 
 
 def test_explicit_choice_never_falls_back():

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastops import _env
 from fastops._accelerate import huggingface, swap
-from fastops._accelerate.plan import chosen_ops, plan, why_no_kernel
+from fastops._accelerate.plan import check_module, chosen_ops, plan, why_no_kernel
 from fastops._accelerate.report import Report
 
 __all__ = ["Report", "accelerate", "accelerated", "explain", "restore"]
@@ -63,6 +63,7 @@ def accelerate(
 
 def restore(model: Model) -> Model:
     """Undo `accelerate`, exactly: every module is what it was. Also of a copy, or of a model that was pickled."""
+    check_module(model)
     for module in model.modules():
         swap.unswap(module)
         huggingface.switch_back(module)
@@ -93,6 +94,7 @@ def accelerated(
     trace: bool = False,
 ) -> Iterator[Model]:
     """`accelerate` inside a with statement: on leaving it, what it changed (and nothing else) is undone."""
+    check_module(model)
     before = {module: getattr(module, "apart", ()) for module in model.modules() if _changed(module)}
     _accelerate(model, only, filter_fn, strict, trace)
     ours = [module for module in model.modules() if _changed(module) and module not in before]

@@ -22,8 +22,7 @@ def plan(
     model: nn.Module, only: str | Iterable[str] | None = None, filter_fn: Filter | None = None, tracing: bool = False
 ) -> Report:
     """The report of a dry run; its rows carry what `accelerate` has to call."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     ops = chosen_ops(only)
     wanted = filter_fn or (lambda module, path: True)
     rows: list[Row] = []
@@ -36,6 +35,12 @@ def plan(
     # a module that is in two places has its place by the first; a convolution may be reported at the second
     rows.sort(key=lambda row: order.get(row.path, order.get(row.path.rpartition(".")[0], 0)))
     return Report(type(model).__name__, tuple(rows), _note(model) if any(row.becomes for row in rows) else "")
+
+
+def check_module(model: object) -> None:
+    """TypeError where this is no module: a class of one, or a list."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def chosen_ops(only: str | Iterable[str] | None) -> set[str]:

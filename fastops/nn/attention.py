@@ -115,6 +115,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             ("key_padding_mask", key_padding_mask, (query.dim() - 1,)),
             ("attn_mask", attn_mask, (2, 3)),
         ):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise TypeError(f"{name} must be a Tensor or None, not {type(mask).__name__}")
             if mask is not None and mask.dim() not in dims:
                 raise AssertionError(
                     f"expected {name} of {' or '.join(map(str, dims))} dimensions for a {query.dim()}-D query, "
@@ -126,7 +128,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise RuntimeError("Need attn_mask if specifying the is_causal hint: it says that attn_mask is causal")
         for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             if x.shape[-1] != width:
-                raise AssertionError(f"was expecting {name} of embedding dimension {width}, but got {shapes}")
+                kind = AssertionError if name == "query" else RuntimeError
+                raise kind(f"was expecting {name} of embedding dimension {width}, but got {shapes}")
         if key.shape[:-1] != value.shape[:-1]:
             raise AssertionError(f"key's sequence and batch dims do not match value's: {shapes}")
         length_dim = 0 if query.dim() == 2 or not self.batch_first else 1

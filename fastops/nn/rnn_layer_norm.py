@@ -80,7 +80,9 @@ class LayerNormLSTM(_Recurrent):
             device=device,
             dtype=dtype,
         )
-        rates = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
+        rates = zoneout if isinstance(zoneout, tuple | list) else (zoneout, zoneout)
+        if not all(isinstance(rate, int | float) for rate in rates):
+            raise TypeError(f"zoneout must be a rate in [0, 1] or a pair of them, for h and c, got {zoneout!r}")
         if len(rates) != 2 or not all(0 <= rate <= 1 for rate in rates):
             raise ValueError(f"zoneout must be a rate in [0, 1] or a pair of them, for h and c, got {zoneout!r}")
         self.zoneout = (float(rates[0]), float(rates[1]))

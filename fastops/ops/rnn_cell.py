@@ -123,6 +123,8 @@ def _cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> Any:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
     if choose(impl, input) == "torch":
         return STOCK[name](input, hx, w_ih, w_hh, b_ih, b_hh)
     states = hx if name == "lstm_cell" else (hx,)
