@@ -78,6 +78,7 @@ def test_marks_by_hand_are_the_only_ones_from_there_on():
             model(torch.randn(1, 4))
             p.mark()
     assert p.summary.step.steps == 3
+    assert p.recorder.seen == 2 + 3  # the forwards before the first mark, and the marks
     assert calls(p)["Linear"] == 2
 
 
