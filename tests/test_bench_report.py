@@ -87,6 +87,7 @@ def test_figures(tmp_path):
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert names == ["speedup-dark.png", "speedup-dark.svg", "speedup-light.png", "speedup-light.svg"]
     assert all((tmp_path / "figures" / name).stat().st_size > 5000 for name in names)
+    assert (tmp_path / "figures" / "speedup-light.svg").read_text().count("opacity: 0.5") == 6  # noise, row by row
 
 
 def test_report_errors(tmp_path, capsys):
