@@ -46,7 +46,7 @@ matrix: $(READY)  ## the tests under other versions of Python, torch, Triton, an
 mutation: $(READY)  ## do the tests notice small faults in dispatch, limits and lengths? FILES= names some
 	@JOBS="$(JOBS)" $(PY) .ci/mutation.py $(FILES)
 
-fuzz: $(READY)  ## random calls of every op against stock, $$FUZZ_EXAMPLES of each (10000); goes on where it stopped
+fuzz: $(READY)  ## random calls of every op against stock, FUZZ_EXAMPLES= of each (10000); goes on where it stopped
 	$(PY) -m tests.fuzz --examples $(or $(FUZZ_EXAMPLES),10000) --jobs $(JOBS) $(FUZZ)
 
 sanitize: $(READY)  ## compute-sanitizer over a small suite of every kernel; needs a GPU and the CUDA toolkit
@@ -55,7 +55,7 @@ sanitize: $(READY)  ## compute-sanitizer over a small suite of every kernel; nee
 bench: $(READY)  ## the benchmark: GPU timings where there is a GPU, CPU timings and static figures elsewhere
 	$(PY) -m bench
 
-gpu: $(READY)  ## GPU tests, then the GPU suite; JSON as it goes under $$OUT (default bench-results/), under 9 minutes
+gpu: $(READY)  ## GPU tests, then the GPU suite; JSON as it goes under OUT= (default bench-results/), under 9 minutes
 	$(PY) -m bench.gpu
 
 inspect-matrix: $(READY)  ## the static gate under Triton 3.6.0, installed side by side; VERSIONS= names others

@@ -257,6 +257,10 @@ def main(wanted: list[str]) -> int:
     torch.set_num_threads(1)
     explained: dict[str, dict[str, str]] = json.loads(SURVIVORS.read_text(encoding="utf-8"))
     total = unexplained = stale = 0
+    for word in wanted:
+        if not any(word.partition(":")[0] in file for file in TARGETS):
+            print(f"no file to mutate is named like {word!r}; there are {', '.join(TARGETS)}", file=sys.stderr)
+            return 2
     for file, (functions, tests) in TARGETS.items():
         words = [word for word in wanted if word.partition(":")[0] in file]
         if wanted and not words:

@@ -133,14 +133,35 @@ def test_budget_cuts_off_and_says_so(toys, tmp_path, capsys):
             "unknown provider 'fastop'; did you mean fastops",
         ),
         (["--device", "cuda"], "sees no GPU"),
+        (["--device", "gpu"], "--device gpu: cpu or cuda"),
+        (["--device", "cpu:x"], "--device cpu:x: "),
+        (["--json", "/"], "--json: / is a folder"),
+        (["--json", "/dev/null/r.json"], "--json: cannot write into /dev/null: "),
+        (["--html", "/dev/null/r.html"], "--html: cannot write into /dev/null: "),
     ],
 )
-def test_unknown_names_get_one_clear_line(arguments, words, capsys, monkeypatch):
+def test_what_cannot_be_done_is_one_clear_line(arguments, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["run", *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_an_engine_that_is_none(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTOPS_IMPL", "tritn")
+    assert main(["run", "--device", "cpu", "--json", str(tmp_path / "r.json")]) == 2
+    assert capsys.readouterr().err.startswith("bench: FASTOPS_IMPL must be one of")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "nan", "soon"])
+def test_a_budget_is_a_time(budget, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--budget", budget])
+    assert stop.value.code == 2
+    assert "expected a positive number of seconds" in capsys.readouterr().err
 
 
 def test_list_and_env(capsys):

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("hypothesis")
 
 from tests.fuzz import everything  # noqa: F401
+from tests.fuzz.deep import main
 from tests.fuzz.engine import PROPERTIES, compare, run
 
 EXAMPLES = 30
@@ -18,6 +19,14 @@ def test_random_calls_agree_with_stock(name):
     kernels = slow_oracle or name.endswith("kernels") or name in ("sequential", "conv2d_modules")
     ends = run(name, KERNEL_EXAMPLES if kernels else EXAMPLES, seed=0)
     assert ends.get("same"), f"no case of {name} computed anything: {ends}"
+
+
+@pytest.mark.parametrize(("option", "wrong"), [("--examples", "0"), ("--examples", "many"), ("--jobs", "-1")])
+def test_numbers_of_the_command_are_positive(option, wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([option, wrong])
+    assert stop.value.code == 2
+    assert f"argument {option}: expected a whole number" in capsys.readouterr().err
 
 
 def test_a_result_that_vanishes_may_be_off_by_a_rounding_of_its_terms():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import sys
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -30,7 +32,28 @@ def device(name: str | None) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise CannotError("--device cuda: PyTorch sees no GPU here")
-    return torch.device(name)
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise CannotError(f"--device {name}: cpu or cuda, or cuda:1")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise CannotError(f"--device {name}: {error}") from error
+
+
+def check_place(option: str, path: Path) -> None:
+    """Make the folder of a file that is to be written, before anything is measured.
+
+    Raises:
+        CannotError: nothing can be written there.
+    """
+    if path.is_dir():
+        raise CannotError(f"{option}: {path} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise CannotError(f"{option}: cannot write into {path.parent}: {error.strerror}") from error
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> CannotError:

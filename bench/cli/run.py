@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from bench.cli import common
 from bench.results import SCHEMA, Unreadable
 from bench.run import Options
 from bench.runner import EXIT_BROKEN, exit_code, run_suite
+from fastops import _env
 
 DEFAULT_FOLDER = Path("bench-results")
 CPU_SUITE_S = 120.0  # for all cases of suite cpu together, unless --budget says otherwise
@@ -34,13 +36,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slow-builds", action="store_true", help="also arms that take minutes to build (max-autotune)")
     add("--clock", choices=("device", "host"), default="device", help="host: end to end, launches included")
     add("--device", help="cpu or cuda; default: the GPU if there is one")
-    add("--budget", type=float, metavar="SECONDS", help="start no case after this long")
-    add("--case-budget", type=float, metavar="SECONDS", help="the rounds of one case take at most this long")
+    add("--budget", type=_seconds, metavar="SECONDS", help="start no case after this long")
+    add("--case-budget", type=_seconds, metavar="SECONDS", help="the rounds of one case take at most this long")
     add("--json", type=Path, metavar="FILE", help=f"results; default {DEFAULT_FOLDER}/<date>-<suite>.json")
     add("--resume", action="store_true", help="keep the rows that FILE has, run the others")
     add("--html", type=Path, metavar="FILE", help="also write the report page")
     add("--list", action="store_true", help="print the chosen cases and stop")
     add("-v", "--verbose", action="store_true", help="a line for every arm")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+    return seconds
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,12 +72,16 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print("\n".join(case.id for case in chosen))
         return 0
+    _env.choose_impl("auto", _env.KNOWN_IMPLS)  # a FASTOPS_IMPL that is none would be an error of every case
     options = _options(arguments, device, chosen)
     console = common.console()
     if arguments.resume and not arguments.json:
         raise common.CannotError("--resume needs --json FILE")
     suite = "cpu" if device.type == "cpu" and arguments.suite == "quick" else arguments.suite
     path = arguments.json or DEFAULT_FOLDER / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{suite}.json"
+    for option, place in (("--json", path), ("--html", arguments.html)):
+        if place is not None:
+            common.check_place(option, place)
     budget = arguments.budget or (CPU_SUITE_S if suite == "cpu" else None)
     table.header(console, environment.record(device), options.ceilings)
     if device.type == "cpu":

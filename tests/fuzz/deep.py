@@ -48,12 +48,18 @@ def describe(error: BaseException) -> str:
     return "\n".join(lines)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0 where nothing failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("patterns", nargs="*", default=["*"], help="names of properties, with wildcards")
-    parser.add_argument("--examples", type=int, default=10_000, help="of each property (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    parser.add_argument("--examples", type=_positive, default=10_000, help="of each property (%(default)s)")
+    parser.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes (%(default)s)")
     parser.add_argument("--state", type=Path, default=Path(".hypothesis/fuzz.json"), help="what is done: %(default)s")
     parser.add_argument("--list", action="store_true", help="print the names and leave")
     options = parser.parse_args(arguments)
