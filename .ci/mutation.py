@@ -56,7 +56,10 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "fastops/ops/attention_arguments.py": ((), (ARGUMENTS,)),
     "fastops/ops/attention_reference.py": (("past", "visible_keys", "alibi_bias"), (ARGUMENTS,)),
-    "fastops/ops/rnn_check.py": ((), (RNN, "tests/test_rnn.py::test_bad_input")),
+    "fastops/ops/rnn_check.py": (
+        (),
+        (RNN, "tests/test_rnn.py::test_bad_input", "tests/test_rnn.py::test_lengths_as_the_kernels_read_them"),
+    ),
     "fastops/ops/rnn.py": (("why_not", "choose"), (RNN, TRANSFORMS)),
     "fastops/ops/conv2d_relu.py": (("why_not",), (CONV2D, TRANSFORMS)),
     "fastops/nn/rnn_sequences.py": ((), (RNN, "tests/test_rnn_modules.py::test_bad_lengths")),

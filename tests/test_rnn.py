@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastops import KernelUnavailable
 from fastops.ops.rnn import ENGINES, _forward_op, recurrent_layer, reference, why_not
+from fastops.ops.rnn_check import lengths_of
 from fastops.ops.rnn_reference import GATES, stock
 from tests.conftest import GPU
 from tests.rule import assert_within_rule
@@ -119,6 +120,16 @@ def test_lengths_with_gaps(device, impl):
     layer = Layer("GRU", torch.float32, 3, 4, 5, 8, device=device)
     lengths = torch.tensor([3, 0, 1, 0, 2, 0, 3, 0], dtype=torch.int32, device=device)[::2]
     assert_layer(layer, impl, lengths)
+
+
+def test_lengths_as_the_kernels_read_them():
+    assert lengths_of(None) is None
+    for dtype in (torch.int32, torch.int64):
+        lengths = torch.tensor([2, 3], dtype=dtype)
+        assert lengths_of(lengths) is lengths
+    for dtype in (torch.uint8, torch.int8, torch.int16):
+        found = lengths_of(torch.tensor([2, 3], dtype=dtype))
+        assert (found.dtype, found.tolist()) == (torch.int32, [2, 3])
 
 
 @pytest.mark.parametrize("impl", ["small", "step", "persistent"])
