@@ -62,6 +62,10 @@ def test_the_first_row_that_holds_decides(tmp_path):
     [
         *(None, "", "\udcff", "{", "[]", "{}", '{"rows": 3}', '{"rows": [{}]}'),
         *(f'{{"rows": [{{"engine": "a", "mark": "b", "when": {when}}}]}}' for when in ("3", "[]")),
+        *(
+            f'{{"rows": [{{"engine": "a", "mark": "b", "when": {{"n": {{{bounds}}}}}}}]}}'
+            for bounds in ('"mn": 3', '"min": 1, "most": 3', '"min": "3"', '"max": null', '"multiple_of": [8]')
+        ),
     ],
 )
 def test_an_unreadable_table_warns_and_means_stock(text, tmp_path):

@@ -57,11 +57,22 @@ def load(op: str, folder: Path | None = None) -> tuple[Row, ...]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return tuple(
-            Row(row["engine"], row["mark"], row.get("why", ""), tuple(sorted(row["when"].items()))) for row in rows
+            Row(row["engine"], row["mark"], row.get("why", ""), tuple(map(_checked, sorted(row["when"].items()))))
+            for row in rows
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"fastops: tuning table {path} is unreadable ({error!r}); {op} runs stock PyTorch", stacklevel=2)
         return ()
+
+
+def _checked(item: tuple[str, Condition]) -> tuple[str, Condition]:
+    """A condition as it is; a range that is none would be noticed by a call on a GPU only, or by nobody."""
+    name, condition = item
+    if isinstance(condition, dict):
+        for bound, number in condition.items():
+            if bound not in ("min", "max", "multiple_of") or type(number) is not int:
+                raise ValueError(f"{name}: {bound} {number!r} bounds nothing")
+    return item
 
 
 def explained(op: str, example: str, row: Row) -> dict[str, str]:
