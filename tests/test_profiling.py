@@ -298,7 +298,9 @@ def test_modules_are_timed_by_marks_where_no_kernel_can_be_captured():
         assert rows[path].forward_ms > 0, path
         assert rows[path].backward_ms > 0, path
     assert rows["Sequential.2"].backward_ms > rows["Sequential.1"].backward_ms
-    assert sum(row.own_ms for row in rows.values()) == pytest.approx(summary.step.wall_ms, rel=0.02)
+    # by this clock alone: between its reading and the trace's of the same moment another program may have run
+    begin, *_, end = (on_the_host._marks[index][0] for index, _ in on_the_host._cuts)
+    assert sum(row.own_ms for row in rows.values()) == pytest.approx(1e3 * (end - begin) / summary.step.steps)
 
 
 def alexnet():

@@ -42,11 +42,6 @@ class HostEvent:
     backward: bool = False
 
     @property
-    def duration(self) -> float:
-        """Microseconds from start to end."""
-        return self.end - self.start
-
-    @property
     def self_duration(self) -> float:
         """Duration without that of the children."""
         return self.self_duration_within(self.start, self.end)
