@@ -63,6 +63,10 @@ def check(case):
     joins = [i for i, text in enumerate(before) if text.startswith("BAR")]
     assert stores, "nothing is published before the release"
     assert max(joins) > max(stores), "the program must join between its last store and the release"
+    polls = [i for i, text in enumerate(before) if text.startswith("CCTL.IVALL")]  # part of an acquire
+    exchanged = [i for i, text in enumerate(before) if i > polls[0] and re.match(r"LDG\S*\.STRONG\.GPU", text)]
+    assert exchanged, "what other programs wrote must be read past L1"
+    assert any(polls[0] < i < exchanged[0] for i in joins), "the program must join between the acquire and its loads"
     return report, body
 
 
