@@ -119,6 +119,7 @@ def _warn_of_throttling(console: Console, telemetry: Telemetry) -> None:
 
 
 def exit_code(rows: Sequence[dict[str, Any]]) -> int:
-    """3 where an arm of ours is wrong or any arm impossibly fast."""
-    bad = any(row["verdict"] in (stats.WRONG, stats.IMPOSSIBLE) for row in rows)
+    """3 where an arm of ours is wrong, any arm is impossibly fast, or every case broke off."""
+    verdicts = [row["verdict"] for row in rows]
+    bad = stats.WRONG in verdicts or stats.IMPOSSIBLE in verdicts or set(verdicts) == {stats.ERROR}
     return EXIT_INVALID if bad else EXIT_OK

@@ -74,6 +74,7 @@ def test_one_broken_case_leaves_the_rest(toys, tmp_path, monkeypatch, capsys):
     rows = results.read(tmp_path / "r.json")["rows"]
     assert [row["verdict"] == stats.ERROR for row in rows] == [True, False, False]
     assert "out of memory" in capsys.readouterr().out
+    assert run("-k", "one", "--json", "r.json") == 3, "nothing could be measured"
 
 
 def test_resume_keeps_what_is_there_and_skips_what_killed_the_process(toys, tmp_path, capsys):

@@ -64,7 +64,14 @@ def test_the_first_row_that_holds_decides(tmp_path):
         *(f'{{"rows": [{{"engine": "a", "mark": "b", "when": {when}}}]}}' for when in ("3", "[]")),
         *(
             f'{{"rows": [{{"engine": "a", "mark": "b", "when": {{"n": {{{bounds}}}}}}}]}}'
-            for bounds in ('"mn": 3', '"min": 1, "most": 3', '"min": "3"', '"max": null', '"multiple_of": [8]')
+            for bounds in (
+                '"mn": 3',
+                '"min": 1, "most": 3',
+                '"min": "3"',
+                '"max": null',
+                '"multiple_of": [8]',
+                '"multiple_of": 0',
+            )
         ),
     ],
 )

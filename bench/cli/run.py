@@ -56,7 +56,7 @@ def _seconds(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure; exit 0, 2 where it cannot be done, 3 where an arm is wrong or impossibly fast, 4 on a broken context."""
+    """Measure; exit 0, 2 where it cannot be done, 3 as `runner.exit_code` says, 4 on a broken context."""
     try:
         return _run(arguments)
     except (common.CannotError, Unreadable, ValueError) as error:

@@ -70,7 +70,8 @@ def _checked(item: tuple[str, Condition]) -> tuple[str, Condition]:
     name, condition = item
     if isinstance(condition, dict):
         for bound, number in condition.items():
-            if bound not in ("min", "max", "multiple_of") or type(number) is not int:
+            bounds = number >= 1 if bound == "multiple_of" else bound in ("min", "max")
+            if type(number) is not int or not bounds:
                 raise ValueError(f"{name}: {bound} {number!r} bounds nothing")
     return item
 
