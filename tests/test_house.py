@@ -73,6 +73,32 @@ def test_only_kernels_import_triton_at_the_top(path):
         assert not any(name.split(".")[0] == "triton" for name in names), f"{path}:{node.lineno} imports triton"
 
 
+TEST_FILES = sorted(set((ROOT / "tests").rglob("*.py")) - {ROOT / "tests" / "conftest.py"})
+
+
+def changes_of_environment(statements):
+    """Lines that change os.environ when a file is imported: not those of functions, nor of what is started by name."""
+    for statement in statements:
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        if isinstance(statement, ast.If) and "__main__" in ast.unparse(statement.test):
+            continue
+        if isinstance(statement, (ast.Assign, ast.AugAssign)):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            yield from (statement.lineno for target in targets if "environ" in ast.unparse(target))
+        elif isinstance(statement, (ast.Expr, ast.Delete)) and re.search(r"environ[.[]", ast.unparse(statement)):
+            yield statement.lineno
+        for block in ("body", "orelse", "finalbody"):
+            yield from changes_of_environment(getattr(statement, block, []))
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda p: str(p.relative_to(ROOT / "tests")))
+def test_importing_tests_leaves_the_environment_alone(path):
+    """Collecting one file would otherwise turn the interpreter on, or off, for the tests of all others."""
+    lines = list(changes_of_environment(ast.parse(path.read_text(encoding="utf-8")).body))
+    assert not lines or path.name == "__main__.py", f"{path} changes os.environ in lines {lines} when it is imported"
+
+
 def run(code: str, **environment: str) -> str:
     import os
 

@@ -16,8 +16,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-
 import tests.interpreter  # noqa: F401  what its import does
 
 CHUNK = 250
