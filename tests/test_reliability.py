@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import fastops
+from tests import sanitized
+from tests.contract_subjects import SUBJECTS
 
 ROOT = Path(__file__).parent.parent
 CALL = "import torch, fastops; x = torch.randn(1, 2, 5, 5); w = torch.randn(3, 2, 3, 3); "
@@ -102,6 +104,28 @@ def test_sanitize_runs_every_tool_and_tells_what_each_found(sanitizer):
     for line in ("memcheck: clean", "racecheck: found errors", "initcheck: clean", "synccheck: did not finish"):
         assert f"sanitize: {line}" in done.stdout
     assert sanitizer("memcheck", FASTOPS_SANITIZE_ANYWAY="1").returncode == 0
+
+
+@pytest.mark.slow
+def test_what_the_sanitizer_watches_runs_and_takes_the_form_it_is_named_for(monkeypatch):
+    """But for the persistent engine, whose programs cannot meet in the interpreter."""
+    from fastops.kernels import conv2d
+
+    forms = []
+    choose_form = conv2d.choose_form
+    monkeypatch.setattr(conv2d, "choose_form", lambda *facts: [forms.append(choose_form(*facts)), forms[-1]][1])
+    names = []
+    for name, call, given in sanitized.calls(torch.device("cpu")):
+        names.append(name)
+        if "persistent" in name:
+            continue
+        forms.clear()
+        sanitized.backward(call, given)
+        form = name.partition("conv2d_relu ")[2]
+        if form and "torch" not in form:
+            assert forms == [form] * (form != "hybrid")
+    assert sum("persistent" in name for name in names) == 3
+    assert len(names) == len(set(names)) > 2 * len(SUBJECTS)
 
 
 def test_sanitize_says_what_is_missing(sanitizer):
