@@ -32,6 +32,8 @@ DISPATCH = "tests/test_dispatch.py"
 ATTENTION, RNN, CONV2D = (f"tests/test_dispatch_{op}.py" for op in ("attention", "rnn", "conv2d"))
 CONTRACT = "tests/test_attention_contract.py"
 TRANSFORMS = "tests/test_transforms.py"
+CELLS = "tests/test_rnn_cell.py"
+CELL_ERRORS = ("test_kinds_of_errors", "test_same_errors_as_torch", "test_explicit_choice_never_falls_back")
 ARGUMENTS = "tests/test_attention_arguments.py"
 # file, functions (none: all), and the tests that must notice, quickest first
 TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -62,7 +64,21 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "fastops/ops/rnn.py": (("why_not", "choose"), (RNN, TRANSFORMS)),
     "fastops/ops/conv2d_relu.py": (("why_not",), (CONV2D, TRANSFORMS)),
+    "fastops/ops/rnn_cell.py": (
+        ("why_not", "choose", "_check"),
+        (RNN, TRANSFORMS, *(f"{CELLS}::{test}" for test in CELL_ERRORS)),
+    ),
+    "fastops/ops/layer_norm_lstm.py": (("why_not", "choose"), (RNN, TRANSFORMS)),
+    "fastops/nn/rnn.py": (
+        ("_Recurrent._check_lengths", "_Recurrent._engine", "_Recurrent._wins"),
+        (RNN, "tests/test_rnn_modules.py::test_bad_lengths"),
+    ),
     "fastops/nn/rnn_sequences.py": ((), (RNN, "tests/test_rnn_modules.py::test_bad_lengths")),
+    "fastops/nn/sequential.py": (
+        ("groups", "why_not_plain", "why_not_its_class", "why_no_relu", "why_no_pool"),
+        ("tests/test_accelerate_sequential.py",),
+    ),
+    "fastops/_accelerate/plan.py": (("why_not", "_why_not_weights", "_foreign"), ("tests/test_accelerate.py",)),
 }
 
 OTHER = {

@@ -1,4 +1,4 @@
-"""Which engine runs: the tables' reader, the machine's limits, modules, and what `fastops env` shows; no kernel."""
+"""Which engine runs: the tables' reader, the machine's limits, and what `fastops env` shows; no kernel."""
 
 import json
 import warnings
@@ -6,14 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence
 
-import fastops
-from fastops import KernelUnavailable, _env, _env_cli, tuning
+from fastops import _env, _env_cli, tuning
 from fastops.__main__ import main
-from fastops.nn import rnn as rnn_modules
-from fastops.ops import layer_norm_lstm
-from tests.pretended_gpu import CUDA, fake
+from tests.pretended_gpu import CUDA
 
 # the tables
 
@@ -146,54 +142,7 @@ def test_the_environment_overrides_auto_only(monkeypatch):
         _env.choose_impl("hybrid", allowed)
 
 
-# layer-normed LSTM, modules, and what `fastops env` shows
-
-
-def test_which_engine_a_layer_norm_lstm_takes(gpu, monkeypatch):
-    seen = []
-    monkeypatch.setattr(tuning, "choose", lambda table, facts: [seen.append(facts), tuning.Row("step", "", "", ())][1])
-
-    def choose(hidden, impl="auto", **options):
-        return layer_norm_lstm.choose(fake(5, 4, 4 * hidden, **options), hidden, impl)
-
-    assert choose(64) == "step"
-    some = ("small", "step", "hidden", "dtype", "gpu")
-    assert [seen[0][name] for name in some] == [True, True, 64, "float16", "NVIDIA H100 80GB HBM3"]
-    assert choose(layer_norm_lstm.MAX_STEP + 1) == "torch"  # neither can
-    assert choose(64, dtype=torch.float64) == "torch"
-    assert choose(64, device="cpu") == "torch"
-    assert len(seen) == 1
-    limit = layer_norm_lstm.MAX_SMALL[torch.float16]
-    with pytest.raises(KernelUnavailable, match=f"hidden_size <= {limit}"):
-        choose(limit + 1, "small")
-    gpu((8, 6))
-    elsewhere = min(limit, layer_norm_lstm.MAX_SMALL_ELSEWHERE)
-    assert layer_norm_lstm.why_not(fake(5, 4, 4), elsewhere, "small") is None
-    assert f"<= {elsewhere} " in layer_norm_lstm.why_not(fake(5, 4, 4), elsewhere + 1, "small")
-    assert "fit one program" in layer_norm_lstm.why_not(fake(5, 4, 4), layer_norm_lstm.MAX_STEP + 1, "step")
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_a_module_asks_the_table_for_its_first_two_layers(gpu, monkeypatch, batch_first):
-    module = fastops.nn.LSTM(8, 16, num_layers=3, batch_first=batch_first, device="meta")
-    asked = []
-
-    def choose(mode, stand_in, h0, c0, weights, lengths):
-        asked.append((tuple(stand_in.shape), lengths is not None))
-        return "small" if stand_in.shape[-1] == 16 else "torch"
-
-    monkeypatch.setattr(rnn_modules.ops, "choose", choose)
-    x = torch.empty((4, 7, 8) if batch_first else (7, 4, 8), device="meta")
-    assert module._wins(x, False)
-    assert asked == [((7, 4, 8), False), ((7, 4, 16), False)]
-    asked.clear()
-    assert module._wins(x[:, 0] if not batch_first else x[0], True)
-    assert asked[0] == ((7, 1, 8), True)
-    asked.clear()
-    assert module._wins(pack_padded_sequence(torch.zeros(7, 2, 8), [7, 3]), False)
-    assert asked[0] == ((7, 2, 8), True)
-    monkeypatch.setattr(rnn_modules.ops, "choose", lambda *_: "torch")
-    assert not module._wins(x, False)
+# what `fastops env` shows
 
 
 def test_every_op_explains_what_auto_takes():

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fastops import KernelUnavailable, tuning
+import fastops
+from fastops import KernelUnavailable, _library, tuning
+from fastops.nn import rnn as rnn_modules
 from fastops.nn.rnn_sequences import Packing, check_lengths
-from fastops.ops import rnn, rnn_check
+from fastops.ops import layer_norm_lstm, rnn, rnn_cell, rnn_check
 from tests.pretended_gpu import fake
 
 T = torch.zeros
@@ -162,6 +164,95 @@ def test_what_a_recurrent_layer_takes():
 def test_what_a_recurrent_layer_refuses(changes, error, words):
     with pytest.raises(error, match=words):
         check_rnn(**changes)
+
+
+def test_which_engine_a_layer_norm_lstm_takes(gpu, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tuning, "choose", lambda table, facts: [seen.append(facts), tuning.Row("step", "", "", ())][1])
+
+    def choose(hidden, impl="auto", **options):
+        return layer_norm_lstm.choose(fake(5, 4, 4 * hidden, **options), hidden, impl)
+
+    assert choose(64) == "step"
+    assert choose(64, "triton") == "small"
+    assert choose(64, "torch", dtype=torch.float64) == "torch"
+    some = ("small", "step", "hidden", "dtype", "gpu")
+    assert [seen[0][name] for name in some] == [True, True, 64, "float16", "NVIDIA H100 80GB HBM3"]
+    assert choose(layer_norm_lstm.MAX_STEP + 1) == "torch"  # neither can
+    assert choose(64, dtype=torch.float64) == "torch"
+    assert choose(64, device="cpu") == "torch"
+    assert len(seen) == 1
+    limit = layer_norm_lstm.MAX_SMALL[torch.float16]
+    with pytest.raises(KernelUnavailable, match=f"hidden_size <= {limit}"):
+        choose(limit + 1, "small")
+    assert choose(limit + 1, "triton") == "step"
+    monkeypatch.setitem(_library.BROKEN, "layer_norm_lstm", "it fell over")
+    assert choose(64) == "torch"
+    gpu((8, 6))
+    elsewhere = min(limit, layer_norm_lstm.MAX_SMALL_ELSEWHERE)
+    assert layer_norm_lstm.why_not(fake(5, 4, 4), elsewhere, "small") is None
+    assert f"<= {elsewhere} " in layer_norm_lstm.why_not(fake(5, 4, 4), elsewhere + 1, "small")
+    assert layer_norm_lstm.why_not(fake(5, 4, 4), layer_norm_lstm.MAX_STEP, "step") is None
+    assert "fit one program" in layer_norm_lstm.why_not(fake(5, 4, 4), layer_norm_lstm.MAX_STEP + 1, "step")
+
+
+def test_why_no_layer_norm_kernel(gpu, monkeypatch):
+    def reason(engine="triton", **options):
+        return layer_norm_lstm.why_not(fake(5, 4, 32, **options), 8, engine)
+
+    for engine in ("triton", "small", "step"):
+        assert reason(engine) is None
+        assert "the tensors are on the CPU" in reason(engine, device="cpu")
+        assert "not torch.float64" in reason(engine, dtype=torch.float64)
+    assert "use small or step" in reason("persistent")
+    assert reason(dtype=torch.bfloat16) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "bf16" in reason(dtype=torch.bfloat16, device="cpu")
+    assert reason(dtype=torch.float32, device="cpu") is None
+
+
+def test_which_engine_a_cell_takes(gpu, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        tuning, "choose", lambda table, facts: [seen.append(facts), tuning.Row("triton", "", "", ())][1]
+    )
+
+    def choose(impl="auto", **options):
+        return rnn_cell.choose(impl, fake(4, 8, **options))
+
+    assert choose() == "triton"
+    assert seen == [{"dtype": "float16", "gpu": "NVIDIA H100 80GB HBM3"}]
+    assert choose(device="cpu") == "torch"
+    assert choose(dtype=torch.float64) == "torch"
+    assert "not torch.float64" in rnn_cell.why_not(fake(4, 8, dtype=torch.float64))
+    assert "the tensors are on the CPU" in rnn_cell.why_not(fake(4, 8, device="cpu"))
+    monkeypatch.setitem(_library.BROKEN, "rnn_cell", "it fell over")
+    assert choose() == "torch"
+    assert [choose(impl, dtype=torch.float64) for impl in ("triton", "torch")] == ["triton", "torch"]
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_module_asks_the_table_for_its_first_two_layers(gpu, monkeypatch, batch_first):
+    module = fastops.nn.LSTM(8, 16, num_layers=3, batch_first=batch_first, device="meta")
+    asked = []
+
+    def choose(mode, stand_in, h0, c0, weights, lengths):
+        asked.append((tuple(stand_in.shape), lengths is not None))
+        return "small" if stand_in.shape[-1] == 16 else "torch"
+
+    monkeypatch.setattr(rnn_modules.ops, "choose", choose)
+    x = torch.empty((4, 7, 8) if batch_first else (7, 4, 8), device="meta")
+    assert module._wins(x, False)
+    assert asked == [((7, 4, 8), False), ((7, 4, 16), False)]
+    asked.clear()
+    assert module._wins(x[:, 0] if not batch_first else x[0], True)
+    assert asked[0] == ((7, 1, 8), True)
+    asked.clear()
+    assert module._wins(pack_padded_sequence(torch.zeros(7, 2, 8), [7, 3]), False)
+    assert asked[0] == ((7, 2, 8), True)
+    monkeypatch.setattr(rnn_modules.ops, "choose", lambda *_: "torch")
+    assert not module._wins(x, False)
 
 
 def test_lengths_become_int64():

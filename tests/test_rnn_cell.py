@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -231,6 +232,32 @@ def test_same_errors_as_torch(name):
             getattr(fastops, name)(x, (h,) if name == "lstm_cell" else h[0], *weights, impl=engine)
         with pytest.raises(TypeError, match="argument 'input' must be Tensor, not list"):
             getattr(fastops, name)([x], (h, h) if name == "lstm_cell" else h, *weights, impl=engine)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kinds_of_errors(name):
+    """Where a subclass of RuntimeError, or the name of an argument, tells cases apart."""
+
+    def raised(place, tensor, function=None):
+        wrong = [t if t is None else t.detach() for t in arguments(name, 3, 4, 5)]
+        wrong[place] = tensor
+        with pytest.raises((IndexError, RuntimeError)) as error:
+            call(function or partial(getattr(fastops, name), impl="triton"), name, wrong)
+        return type(error.value), str(error.value)
+
+    for tensor, kind in ((torch.zeros(4), IndexError), (torch.zeros(1, 3, 4), RuntimeError)):
+        assert raised(0, tensor, getattr(torch, name))[0] is raised(0, tensor)[0] is kind
+    for place in (2, 3):
+        kind, words = raised(place, torch.zeros(5))
+        assert kind is RuntimeError
+        assert "expected 2-D weights" in words
+    kind, words = raised(1, torch.zeros(3, 5, dtype=torch.float64))
+    assert kind is RuntimeError
+    assert "hx is torch.float64" in words
+    if name == "lstm_cell":  # torch promotes a c of another dtype, on the CPU
+        kind, words = raised(6, torch.zeros(3, 5, dtype=torch.float64))
+        assert kind is fastops.KernelUnavailable
+        assert "cx is torch.float64" in words
 
 
 def test_explicit_choice_never_falls_back():
