@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -410,6 +411,22 @@ class TestCommandLine:
         assert tasks.settle(Options("alexnet", preset="tiny", limit=64)).limit == 64
         assert tasks.settle(Options("alexnet")).limit is None
 
+    def test_the_command_to_go_on_repeats_what_no_checkpoint_keeps(self, tmp_path):
+        """And nothing that it keeps, nor what a new run alone can be told."""
+        text = "--root 'my texts' --epochs 7 --no-accelerate --compile --deterministic --device cpu --early-stop 2"
+        text += f" --save-every 5 --out {tmp_path} --metrics m.jsonl --plot p.png --text-column a --label-column b"
+        kept = "--preset tiny --data table --lr 0.1 --seed 3 --freeze x --init-from old.pt"
+
+        def parsed(words):
+            return vars(command.parser().parse_args(words))
+
+        given = parsed(["bert", *shlex.split(f"{text} {kept}")])
+        printed = Options(**given | {"freeze": ("x",)}).command_to_resume(tmp_path / "last.pt")
+        start = "python -m models.train "
+        assert printed.startswith(start)
+        expected = parsed(["bert", "--resume", f"{tmp_path}/last.pt", *shlex.split(text)])
+        assert parsed(shlex.split(printed.removeprefix(start))) == expected
+
     @pytest.mark.parametrize(
         "arguments",
         [
@@ -455,7 +472,8 @@ def test_ctrl_c_saves_and_the_run_goes_on(table, tmp_path):
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 130, printed
     assert "Traceback" not in printed
-    assert f"--resume {out}/last.pt" in printed
+    go_on = " ".join(printed.split("go on with: python -m models.train ")[1].split())
+    assert go_on.startswith(f"transformer --resume {out}/last.pt --root {table} --epochs 100000")
     stopped = checkpoint.load(out / "last.pt")["progress"]
     assert stopped["step"] > 0
     assert lines_of(metrics)[-1] | {"reason": "stopped", "step": stopped["step"]} == lines_of(metrics)[-1]

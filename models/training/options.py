@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -52,6 +53,19 @@ class Options:
     def folder(self) -> str:
         """Where checkpoints go."""
         return self.out or f"runs/{self.model}"
+
+    def command_to_resume(self, checkpoint: Path) -> str:
+        """The command that goes on from `checkpoint`, which keeps what defines the run; the rest is said again."""
+        words = ["python", "-m", "models.train", self.model, "--resume", str(checkpoint)]
+        for field in fields(self):
+            value, flag = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
+            if field.name in (*DEFINING, "resume", "init_from") or value == field.default:
+                continue
+            if isinstance(value, bool):
+                words.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                words += [flag, str(value)]
+        return shlex.join(words)
 
     def defining(self) -> dict[str, Any]:
         """The fields that a resumed run must repeat."""

@@ -127,7 +127,7 @@ class Run:
         if self.stop.signal:
             self.console.print(
                 f"stopped at epoch {progress.epoch + 1}, step {progress.position} of {self.trainer.steps_per_epoch}; "
-                f"go on with: python -m models.train {options.model} --resume {self.folder / LAST}"
+                f"go on with: {options.command_to_resume(self.folder / LAST)}"
             )
             return 128 + self.stop.signal
         self.console.print(f"{reason}; weights in {self.folder / BEST} (best) and {self.folder / LAST} (last)")
