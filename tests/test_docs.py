@@ -70,15 +70,32 @@ def test_static_figures_are_those_of_the_snapshot(name, row):
     assert shown
 
 
+def measured_on_a_cpu():
+    return results.read(max((ROOT / "bench" / "results" / "cpu").glob("*.json")))
+
+
+def speed(row):
+    versus = row["vs_best"]
+    return f"{versus['ratio']:.3f}x [{versus['lo']:.3f}, {versus['hi']:.3f}]"
+
+
 def test_times_in_the_readme_are_those_of_the_committed_file():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    document = results.read(max((ROOT / "bench" / "results" / "cpu").glob("*.json")))
+    document = measured_on_a_cpu()
     assert f"commit {document['env']['commit'][:7]}" in text
     wanted = []
     for row in document["rows"]:
         versus, providers = row["vs_best"], row["providers"]
         times = [duration(providers[versus[which]]["median_s"]) for which in ("best", "arm")]
-        ratio = f"{versus['ratio']:.3f}x [{versus['lo']:.3f}, {versus['hi']:.3f}]"
-        wanted.append(f"{row['mode']} | {times[0]} | {times[1]} | {ratio} | {row['verdict']} |")
+        wanted.append(f"{row['mode']} | {times[0]} | {times[1]} | {speed(row)} | {row['verdict']} |")
     shown = [line.partition("| ")[2].partition("| ")[2] for line in text.splitlines() if re.search(r"x \[\d", line)]
     assert sorted(shown) == sorted(wanted)
+
+
+def test_speeds_of_attention_with_lengths_are_those_of_the_committed_file():
+    text = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
+    rows = [row for row in measured_on_a_cpu()["rows"] if row["op"] == "attention" and row["shape"].get("fill")]
+    wanted = [f"| up to {row['shape']['q_len']} | {row['shape']['heads']} | {speed(row)} |" for row in rows]
+    assert sorted(line for line in text.splitlines() if re.search(r"x \[\d", line)) == sorted(wanted)
+    for row in rows:
+        assert (row["mode"], row["dtype"], row["shape"]["batch"], row["shape"]["fill"]) == ("infer", "fp32", 8, 0.5)
