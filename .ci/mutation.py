@@ -148,20 +148,30 @@ def places(function: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
                 waiting.append(child)
 
 
-def mutants(file: str, only: tuple[str, ...]) -> list[Mutant]:
-    """All faults of a file's functions, by line."""
-    source = (ROOT / file).read_text(encoding="utf-8")
-    tree = ast.parse(source)
+def functions_of(file: str, only: tuple[str, ...]) -> tuple[ast.Module, list[tuple[ast.FunctionDef, str]]]:
+    """The tree of a file, and its functions and methods with their names: those of `only`, or all.
+
+    Raises:
+        ValueError: `only` names a function that is not there.
+    """
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     functions = [
         (node, f"{owner.name}.{node.name}" if isinstance(owner, ast.ClassDef) else node.name)
         for owner in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef)))
         for node in owner.body
         if isinstance(node, ast.FunctionDef)
     ]
+    missing = set(only) - {name for _, name in functions}
+    if missing:
+        raise ValueError(f"{file} has no function {', '.join(sorted(missing))}")
+    return tree, [(node, name) for node, name in functions if not only or name in only]
+
+
+def mutants(file: str, only: tuple[str, ...]) -> list[Mutant]:
+    """All faults of a file's functions, by line."""
+    tree, functions = functions_of(file, only)
     found, labels = [], Counter[str]()
     for function, name in functions:
-        if only and name not in only:
-            continue
         for parent, field, index in list(places(function)):
             before = getattr(parent, field) if index is None else getattr(parent, field)[index]
             for after in faults(before):
@@ -284,9 +294,12 @@ def main(wanted: list[str]) -> int:
         words = [word for word in wanted if word.partition(":")[0] in file]
         if wanted and not words:
             continue
-        found = mutants(file, functions)
         only = {word.partition(":")[2] for word in words} - {""}
-        found = [mutant for mutant in found if not only or mutant.label.split(":")[0] in only]
+        try:
+            found = mutants(file, tuple(only) or functions)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
         known = {label for label in explained.get(file, {}) if not only or label.split(":")[0] in only}
         alive = survivors_of(found, tests)
         new = [mutant for mutant in alive if mutant.label not in known]

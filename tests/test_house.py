@@ -1,6 +1,7 @@
 """The house rules that a machine can check: who imports whom, what importing costs, what is pinned where."""
 
 import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -198,3 +199,24 @@ def test_every_op_explains_itself_and_every_engine_is_known():
     assert {file.stem for file in files if "\ndef explain_auto(" in file.read_text()} == set(ops.NAMES)
     allowed = (getattr(module, "IMPLS", None) or module.ENGINES for module in ops.modules())
     assert {impl for impls in allowed for impl in impls} == set(_env.KNOWN_IMPLS)
+
+
+def test_what_is_mutated_is_there():
+    """Functions that were renamed, and tests that moved, would drop out of `make mutation` without a word."""
+    spec = importlib.util.spec_from_file_location("mutation", ROOT / ".ci" / "mutation.py")
+    mutation = importlib.util.module_from_spec(spec)
+    sys.modules["mutation"] = mutation  # for its dataclasses
+    try:
+        spec.loader.exec_module(mutation)
+    finally:
+        del sys.modules["mutation"]
+    mutated = {}
+    for file, (functions, tests) in mutation.TARGETS.items():
+        mutated[file] = {name for _, name in mutation.functions_of(file, functions)[1]}
+        for test in tests:
+            path, _, name = test.partition("::")
+            assert f"def {name}" in (ROOT / path).read_text(encoding="utf-8"), test
+    for file, labels in json.loads(mutation.SURVIVORS.read_text(encoding="utf-8")).items():
+        assert {label.split(":")[0] for label in labels} <= mutated[file]
+    with pytest.raises(ValueError, match=r"rnn_check\.py has no function nonsense"):
+        mutation.functions_of("fastops/ops/rnn_check.py", ("check", "nonsense"))

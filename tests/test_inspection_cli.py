@@ -241,11 +241,13 @@ def test_shapes_in_letters_and_in_order():
     [
         pytest.param("conv2d", "N=8,C=64,H=28,K=64,R=3,PADDING=1", "conv2d_relu_forward", marks=pytest.mark.slow),
         pytest.param("lstm", "16,32,256", "rnn_forward", marks=pytest.mark.slow),
+        pytest.param("lstm", "16,32,40", "rnn_forward", marks=pytest.mark.slow),
         ("attention", "2,4,1024,64", "attention_forward"),
     ],
 )
 def test_what_an_op_launches_is_found_without_a_gpu(op, shape, forward):
     targets = [find_target("RTX 3090"), find_target("H100")]
+    kernels = {"16,32,256": "forward_kernel[", "16,32,40": "small_forward_kernel["}
     for target, found in zip(targets, launches(op, parse_shape(op, shape), "fp16", targets), strict=True):
         assert len(found) >= 2  # a backward too
         launched = {launched.name: launched for launched in found}[forward]
@@ -254,6 +256,9 @@ def test_what_an_op_launches_is_found_without_a_gpu(op, shape, forward):
         assert launched.cases
         assert all(case.grid and case.grid > 0 for case in launched.cases)
         assert all(case.targets == (target.capability.number,) for case in launched.cases)
+        if op == "lstm":  # all steps in one launch by the engine that is made for this size
+            (case,) = launched.cases
+            assert case.name.startswith(kernels[shape])
         if op == "attention":
             (case,) = launched.cases
             assert launched.flops == 4 * 2 * 4 * 1024 * 1024 * 64

@@ -35,7 +35,7 @@ class Example:
 
 
 _RECURRENT = Example(
-    ("T", "B", "H"), ("I",), ("persistent", "step"), "T steps, B rows, H hidden units, I inputs (default H)"
+    ("T", "B", "H"), ("I",), ("triton", "step"), "T steps, B rows, H hidden units, I inputs (default H)"
 )
 EXAMPLES = {
     "attention": Example(
