@@ -8,6 +8,8 @@ import pytest
 
 from bench import results
 from fastops.inspection.render import duration
+from fastops.kernels import rnn_plan
+from fastops.ops import rnn
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,3 +101,48 @@ def test_speeds_of_attention_with_lengths_are_those_of_the_committed_file():
     assert sorted(line for line in text.splitlines() if re.search(r"x \[\d", line)) == sorted(wanted)
     for row in rows:
         assert (row["mode"], row["dtype"], row["shape"]["batch"], row["shape"]["fill"]) == ("infer", "fp32", 8, 0.5)
+
+
+def hidden_sizes():
+    """Rows of the table of limits: engine, modes, bytes of a number, {capability: largest H}."""
+    text = (ROOT / "docs" / "rnn.md").read_text(encoding="utf-8")
+    header, _, *rows = re.search(r"^\| largest H .*?(?=\n\n)", text, re.M | re.S).group().splitlines()
+    targets = [[int(target) for target in re.findall(r"sm_(\d+)", cell)] for cell in header.split("|")[2:-1]]
+    assert {target for column in targets for target in column} == set(rnn_plan.SHARED_BYTES)
+    for row in rows:
+        label, *cells = row.strip("|").split("|")
+        engine, kinds, dtypes = re.fullmatch(r" (\w+): (.*) in (.*) ", label).groups()
+        modes = [mode for mode in rnn_plan.GATES if mode.partition("_")[0] in kinds.split(", ")]
+        sizes = {{"fp16": 2, "bf16": 2, "fp32": 4}[dtype] for dtype in dtypes.split(", ")}
+        largest = {t: int(cell) for column, cell in zip(targets, cells, strict=True) for t in column}
+        for size in sizes:
+            yield from (pytest.param(engine, mode, size, largest, id=f"{engine}-{mode}-{size}") for mode in modes)
+
+
+ROWS = list(hidden_sizes())
+
+
+def test_the_limits_name_every_engine_mode_and_dtype():
+    named = sorted(row.values[:3] for row in ROWS)
+    assert named == sorted((e, m, size) for e in ("small", "persistent") for m in rnn_plan.GATES for size in (2, 4))
+    text = (ROOT / "docs" / "rnn.md").read_text(encoding="utf-8")
+    assert f"step: at most {rnn.MAX_STEP_BATCH:,} rows" in text
+    assert f"H above {rnn.IEEE_HIDDEN} only" in text
+
+
+@pytest.mark.parametrize(("engine", "mode", "itemsize", "largest"), ROWS)
+def test_largest_hidden_sizes_are_those_of_the_plans(engine, mode, itemsize, largest):
+    def fits(hidden, machine):
+        for backward in (False, True):
+            if engine == "small":
+                plan = rnn_plan.small(mode, hidden, itemsize, machine, backward)
+            else:
+                plan = rnn_plan.persistent(mode, hidden, 64, 1, itemsize, machine, backward)
+            if isinstance(plan, str):
+                return False
+        return True
+
+    for target, limit in largest.items():
+        machine = rnn_plan.Machine.of(target, multiprocessors=1024)
+        sizes = range(1, 201) if engine == "small" else range(8, 1105, 8)
+        assert [hidden for hidden in sizes if fits(hidden, machine)] == [h for h in sizes if h <= limit], target
