@@ -57,8 +57,7 @@ def engine_choices() -> list[dict[str, str]]:
 
     choices = []
     for module in ops.modules():
-        allowed = vars(module).get("IMPLS") or module.ENGINES
-        choices += [_forced(choice, allowed) or _here(choice) for choice in module.explain_auto()]
+        choices += [_forced(choice, module.IMPLS) or _here(choice) for choice in module.explain_auto()]
     return choices
 
 

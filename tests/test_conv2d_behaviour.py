@@ -253,7 +253,7 @@ def test_vmap_is_for_stock_pytorch(pool, monkeypatch):
     assert torch.equal(per_sample(lambda x, w: ours(x, w, b, "auto", pool)), expected)
     # where the table would choose an engine, as on a GPU
     monkeypatch.setattr(op, "_plain_cuda", lambda *tensors: True)
-    monkeypatch.setattr(op, "TABLE", (tuning.Row("hybrid", "estimated", "", ()), *op.TABLE))
+    monkeypatch.setattr(op, "ROWS", (tuning.Row("hybrid", "estimated", "", ()), *op.ROWS))
     assert torch.equal(per_sample(lambda x, w: ours(x, w, b, "auto", pool)), expected)
 
 
@@ -321,7 +321,7 @@ def test_compiles_as_one_graph(impl, dynamic):
 def test_choice_by_the_table_compiles_as_one_graph(monkeypatch):
     monkeypatch.setattr(op, "_plain_cuda", lambda *tensors: True)
     chosen = []
-    monkeypatch.setattr(op, "TABLE", (tuning.Row("hybrid", "estimated", "", (("maps", {"min": 1}),)), *op.TABLE))
+    monkeypatch.setattr(op, "ROWS", (tuning.Row("hybrid", "estimated", "", (("maps", {"min": 1}),)), *op.ROWS))
     monkeypatch.setattr(op, "why_not", lambda *a, impl, real=op.why_not: chosen.append(impl) or real(*a, impl=impl))
     tensors = inputs()
     torch._dynamo.reset()
@@ -389,7 +389,7 @@ def test_triton_gradients_run_where_the_table_says(monkeypatch):
     for name in ("conv2d_input_grad", "conv2d_weight_grad"):
         real = getattr(conv2d_contract, name)
         monkeypatch.setattr(conv2d_contract, name, lambda *a, r=real, n=name: called.append(n) or r(*a))
-    monkeypatch.setattr(conv2d_autograd, "TABLE", rows)
+    monkeypatch.setattr(conv2d_autograd, "ROWS", rows)
     x, w, b = inputs()
     found, expected = leaves(x, w, b), leaves(x, w, b)
     mine = torch.autograd.grad(ours(*found, "hybrid").sum(), found)
@@ -417,7 +417,7 @@ FACTS = {"pass": "forward", "device": "cuda", "compiling": False, "bias": True, 
     ],
 )
 def test_shipped_table(facts, engine):
-    assert tuning.choose(conv2d_autograd.TABLE, {**FACTS, **facts}).engine == engine
+    assert tuning.choose(conv2d_autograd.ROWS, {**FACTS, **facts}).engine == engine
 
 
 def test_auto_on_the_cpu_is_stock_to_the_bit():

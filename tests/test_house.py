@@ -197,8 +197,7 @@ def test_every_op_explains_itself_and_every_engine_is_known():
 
     files = (ROOT / "fastops" / "ops").glob("*.py")
     assert {file.stem for file in files if "\ndef explain_auto(" in file.read_text()} == set(ops.NAMES)
-    allowed = (getattr(module, "IMPLS", None) or module.ENGINES for module in ops.modules())
-    assert {impl for impls in allowed for impl in impls} == set(_env.KNOWN_IMPLS)
+    assert {impl for module in ops.modules() for impl in module.IMPLS} == set(_env.KNOWN_IMPLS)
 
 
 def test_what_is_mutated_is_there():

@@ -228,7 +228,7 @@ def test_products_are_counted():
     assert counter.get_total_flops() == 3 * product
 
 
-@pytest.mark.parametrize("wrong", ["half", (0.1, "half"), None, (0.1, 0.2, 0.3), 1.5, float("nan")])
+@pytest.mark.parametrize("wrong", ["half", (0.1, "half"), None, True, (0.1, 0.2, 0.3), 1.5, float("nan")])
 def test_zoneout_is_a_rate_or_two(wrong):
     with pytest.raises((TypeError, ValueError), match="zoneout must be a rate"):
         fastops.nn.LayerNormLSTM(3, 4, zoneout=wrong)

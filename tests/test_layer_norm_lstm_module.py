@@ -96,6 +96,10 @@ def test_parameters_are_torchs_and_four_more():
     module.reset_parameters()
     assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
     assert "zoneout=(0.1, 0.1)" in repr(fastops.nn.LayerNormLSTM(3, 4, zoneout=0.1))
+    assert "eps=0.001" in repr(fastops.nn.LayerNormLSTM(3, 4, eps=1e-3))
+    assert "eps" not in repr(fastops.nn.LayerNormLSTM(3, 4))
+    with pytest.raises(TypeError, match="eps must be a number, got 'x'"):
+        fastops.nn.LayerNormLSTM(3, 4, eps="x")
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastops import KernelUnavailable
-from fastops.ops.rnn import ENGINES, _forward_op, recurrent_layer, reference, why_not
+from fastops.ops.rnn import IMPLS, _forward_op, recurrent_layer, reference, why_not
 from fastops.ops.rnn_check import lengths_of
 from fastops.ops.rnn_reference import GATES, stock
 from tests.conftest import GPU
@@ -534,7 +534,7 @@ def test_flops_are_those_of_the_products(device):
 def test_tables_name_engines():
     from fastops.ops import rnn
 
-    assert {row.engine for row in rnn.ROWS} <= set(ENGINES) - {"auto", "triton"}
+    assert {row.engine for row in rnn.ROWS} <= set(IMPLS) - {"auto", "triton"}
     assert all(row.mark and row.why for row in rnn.ROWS)
     found = {row["example"]: row["engine"] for row in rnn.explain_auto()}
     assert found["LSTM bf16 H=512 B=64"] == "persistent"

@@ -41,12 +41,10 @@ def switch(module: Any) -> None:
     module.set_attn_implementation(OURS)
 
 
-def switch_back(module: nn.Module) -> bool:
-    """Undo `switch`; whether there was one to undo."""
-    was = module.__dict__.pop(WAS, None)
-    for config, implementation in was or ():
+def switch_back(module: nn.Module) -> None:
+    """Undo `switch`, where there was one."""
+    for config, implementation in module.__dict__.pop(WAS, ()):
         config._attn_implementation = implementation
-    return was is not None
 
 
 def switched(module: nn.Module) -> bool:

@@ -24,16 +24,14 @@ def swap(module: nn.Module, new: type[nn.Module], **attributes: Any) -> None:
     _set_class(module, new)
 
 
-def unswap(module: nn.Module) -> bool:
-    """Undo `swap`; whether there was one to undo."""
+def unswap(module: nn.Module) -> None:
+    """Undo `swap`, where there was one."""
     was = module.__dict__.pop(WAS, None)
-    if was is None:
-        return False
-    old, attributes = was
-    for name in attributes:
-        module.__dict__.pop(name, None)
-    _set_class(module, old)
-    return True
+    if was is not None:
+        old, attributes = was
+        for name in attributes:
+            module.__dict__.pop(name, None)
+        _set_class(module, old)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

@@ -30,7 +30,7 @@ class _Recurrent(torch.nn.RNNBase):
 
     def __init__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        set_impl(self, impl, ops.ENGINES)
+        set_impl(self, impl, ops.IMPLS)
 
     def flatten_parameters(self) -> None:
         """Moves the weights into one piece of memory on a GPU, as torch.nn does; results are the same without it.
@@ -73,7 +73,7 @@ class _Recurrent(torch.nn.RNNBase):
 
     def _engine(self, input: Any, ragged: bool) -> str:
         """Name of the engine: "torch" is stock PyTorch for the whole module, "auto" lets each layer choose."""
-        engine = _env.choose_impl(self.impl, ops.ENGINES)
+        engine = _env.choose_impl(self.impl, ops.IMPLS)
         if engine == "torch":
             return engine
         data = input.data if isinstance(input, PackedSequence) else input

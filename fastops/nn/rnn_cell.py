@@ -21,7 +21,7 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
 
     def __init__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        set_impl(self, impl, ops.ENGINES)
+        set_impl(self, impl, ops.IMPLS)
 
     def extra_repr(self) -> str:
         return with_impl(self, super().extra_repr())

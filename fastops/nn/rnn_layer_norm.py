@@ -81,13 +81,15 @@ class LayerNormLSTM(_Recurrent):
             dtype=dtype,
         )
         rates = zoneout if isinstance(zoneout, tuple | list) else (zoneout, zoneout)
-        if not all(isinstance(rate, int | float) for rate in rates):
+        if not all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates):
             raise TypeError(f"zoneout must be a rate in [0, 1] or a pair of them, for h and c, got {zoneout!r}")
         if len(rates) != 2 or not all(0 <= rate <= 1 for rate in rates):
             raise ValueError(f"zoneout must be a rate in [0, 1] or a pair of them, for h and c, got {zoneout!r}")
+        if not isinstance(eps, int | float) or isinstance(eps, bool):
+            raise TypeError(f"eps must be a number, got {eps!r}")
         self.zoneout = (float(rates[0]), float(rates[1]))
         self.eps = eps
-        set_impl(self, impl, ops.ENGINES)
+        set_impl(self, impl, ops.IMPLS)
         sizes = {"gain_ih": 4 * hidden_size, "gain_hh": 4 * hidden_size, "gain_c": hidden_size, "bias_c": hidden_size}
         for suffix in self._suffixes():
             for name, size in sizes.items():
@@ -118,9 +120,10 @@ class LayerNormLSTM(_Recurrent):
         """Nothing to do: no kernel here wants the weights in one piece."""
 
     def extra_repr(self) -> str:
-        """What torch shows of the module, and the engine where one is named."""
+        """What torch shows of the module, the engine where one is named, zoneout and eps where they are given."""
         shown = super().extra_repr()
-        return shown + (f", zoneout={self.zoneout}" if any(self.zoneout) else "")
+        shown += f", zoneout={self.zoneout}" if any(self.zoneout) else ""
+        return shown + (f", eps={self.eps}" if self.eps != 1e-5 else "")
 
     def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> Any:
         """(output, (h_n, c_n)), as `fastops.nn.LSTM`."""

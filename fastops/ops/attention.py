@@ -27,7 +27,7 @@ from fastops.ops.attention_ops import Attention
 from fastops.ops.attention_reference import Options, packed, padded_inference, reference, stock
 
 IMPLS = ("auto", "triton", "torch")
-_TABLE = tuning.load("attention")
+ROWS = tuning.load("attention")
 
 __all__ = ["explain_auto", "reference", "scaled_dot_product_attention", "varlen_attention", "why_not"]
 
@@ -331,13 +331,14 @@ def _engine(
     reason = why_not(query, key, value, attn_mask, alibi_slopes, scale)
     if reason is not None:
         if impl == "triton":
-            raise _env.KernelUnavailable(f"attention with impl='triton': {reason}")
+            name = "varlen_attention" if packed else "scaled_dot_product_attention"
+            raise _env.KernelUnavailable(f"{name}(impl='triton'): {reason}")
         return "torch"
     if impl == "triton":
         return "triton"
     tensors = [x for x in (query, key, value, attn_mask) if x is not None]
     return tuning.choose(
-        _TABLE,
+        ROWS,
         facts(
             head_dim=query.shape[-1],
             q_len=query.shape[-2],
@@ -423,6 +424,6 @@ def explain_auto() -> list[dict[str, str]]:
     _, (major, minor) = _env.shown_gpu()
     usual = {"head_dim": 64, "q_len": 512, "dtype": torch.bfloat16, "sm": 10 * major + minor, "options": Options(0.125)}
     return [
-        tuning.explained("attention", example, tuning.choose(_TABLE, facts(**{**usual, **given})))
+        tuning.explained("attention", example, tuning.choose(ROWS, facts(**{**usual, **given})))
         for example, given in _EXAMPLES
     ]

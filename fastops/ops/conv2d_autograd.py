@@ -14,7 +14,7 @@ from fastops.ops import conv2d_contract as ops
 from fastops.ops.conv2d_arguments import Pool, Window
 from fastops.ops.conv2d_reference import reference
 
-TABLE = tuning.load("conv2d_relu")
+ROWS = tuning.load("conv2d_relu")
 
 
 def device_facts(tensor: Tensor, direction: str) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _convolution_gradients(
     for index, direction in enumerate(("input_grad", "weight_grad")):
         if not needs[index]:
             continue
-        row = tuning.choose(TABLE, {**device_facts(grad, direction), "groups": groups})
+        row = tuning.choose(ROWS, {**device_facts(grad, direction), "groups": groups})
         if row.engine != "triton" or groups != 1 or _env.why_no_triton(grad.device) is not None:
             stock[index] = True
         elif direction == "input_grad":

@@ -36,7 +36,7 @@ from fastops import _env, _library, tuning
 from fastops.ops import conv2d_arguments as arguments
 from fastops.ops.conv2d_arguments import Pool, Window
 from fastops.ops.conv2d_autograd import (
-    TABLE,
+    ROWS,
     Conv2dReLU,
     Conv2dReLUMaxPool2d,
     device_facts,
@@ -88,7 +88,8 @@ def why_not(
         if groups != 1:
             return f"the Triton convolution knows groups=1 only, got {groups} (impl='hybrid' runs it)"
         if max(weight.shape[2:]) > MAX_TAPS:
-            return f"the filter is {tuple(weight.shape[2:])}, the Triton convolution knows at most {MAX_TAPS} rows"
+            taps = f"at most {MAX_TAPS} rows and columns"
+            return f"the filter is {tuple(weight.shape[2:])}, the Triton convolution knows {taps}"
     return None
 
 
@@ -129,7 +130,7 @@ def _prepare(
         if impl == "auto":
             return None  # stock PyTorch raises its own error
         raise
-    engine = tuning.choose(TABLE, _facts(call)).engine if impl == "auto" else impl
+    engine = tuning.choose(ROWS, _facts(call)).engine if impl == "auto" else impl
     if engine == "torch":
         return None
     reason = why_not(*call[:6], impl=engine)
@@ -320,5 +321,5 @@ def explain_auto() -> list[dict[str, str]]:
             **{"pool": pool, "bias": True, "groups": 1, "channels": channels, "maps": 256 * maps * width * width},
         }
         op = "conv2d_relu_max_pool2d" if pool else "conv2d_relu"
-        choices.append(tuning.explained(op, example, tuning.choose(TABLE, facts)))
+        choices.append(tuning.explained(op, example, tuning.choose(ROWS, facts)))
     return choices

@@ -37,7 +37,7 @@ from fastops.ops.rnn_reference import note_lengths
 
 __all__ = ["layer_norm_lstm"]
 
-ENGINES = ("auto", "triton", "persistent", "small", "step", "torch")
+IMPLS = ("auto", "triton", "persistent", "small", "step", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_SMALL = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 32}
 MAX_SMALL_ELSEWHERE = 64  # W_hh of 128 units is 128 KiB, more than consumer GPUs have
@@ -73,7 +73,7 @@ def why_not(gates: Tensor, hidden: int, engine: str = "triton") -> str | None:
 
 def choose(gates: Tensor, hidden: int, impl: str) -> str:
     """The engine to run: "small", "step" or "torch"."""
-    engine = _env.choose_impl(impl, ENGINES)
+    engine = _env.choose_impl(impl, IMPLS)
     if engine == "auto":
         if gates.device.type != "cuda" or "layer_norm_lstm" in _library.BROKEN:
             return "torch"
@@ -303,7 +303,7 @@ def layer_norm_lstm(
             note_lengths(lengths, steps)
         return reference(*tensors, *rest)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    auto = _env.choose_impl(impl, ENGINES) == "auto"
+    auto = _env.choose_impl(impl, IMPLS) == "auto"
     return _library.or_stock(
         "layer_norm_lstm",
         auto,

@@ -36,9 +36,9 @@ from fastops.ops.rnn_check import check, lengths_of
 from fastops.ops.rnn_launch import split
 from fastops.ops.rnn_reference import Weights, reference, stock
 
-__all__ = ["ENGINES", "choose", "explain_auto", "recurrent_layer", "reference", "why_not"]
+__all__ = ["IMPLS", "choose", "explain_auto", "recurrent_layer", "reference", "why_not"]
 
-ENGINES = ("auto", "triton", "persistent", "small", "step", "torch")
+IMPLS = ("auto", "triton", "persistent", "small", "step", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PLACES = ("cuda", "cpu")  # elsewhere stock PyTorch has an autocast of its own, or none
 IEEE_HIDDEN = 32
@@ -134,7 +134,7 @@ def _forward_fake(
     return (
         input.new_empty((first, second, directions * hidden)),
         h_n,
-        torch.empty_like(h_n) if mode == "LSTM" else input.new_empty(0),
+        input.new_empty(h_n.shape) if mode == "LSTM" else input.new_empty(0),
         input.new_empty((*saved, slots) if slots else 0),
         input.new_empty((*saved, hidden) if on else 0),
         input.new_empty((*saved, hidden) if on and mode == "LSTM" else 0, dtype=torch.float32),
@@ -166,7 +166,7 @@ def _backward_fake(
         d_input = input.new_empty((second, first, size)).transpose(0, 1)
     batch = first if batch_first else second
     state = input.new_empty((len(split(weights)), batch, weights[1].shape[1]))
-    shapes = [d_input, state, torch.empty_like(state), *(w.new_empty(w.shape) for w in weights)]
+    shapes = [d_input, state, input.new_empty(state.shape), *(w.new_empty(w.shape) for w in weights)]
     return [x if needed else input.new_empty(0) for x, needed in zip(shapes, needs, strict=True)]
 
 
@@ -311,7 +311,7 @@ def recurrent_layer(
         ValueError, RuntimeError: a bad mode, shape, dtype or device; the message names the argument.
         KernelUnavailable: the engine asked for cannot run this call; the message says why.
     """
-    engine = _env.choose_impl(impl, ENGINES)
+    engine = _env.choose_impl(impl, IMPLS)
     place = input.device.type
     if place in PLACES and torch.is_autocast_enabled(place) and input.dtype in DTYPES:
         dtype = torch.get_autocast_dtype(place)
@@ -378,7 +378,7 @@ def choose(
     For "auto" it is the one the table names, where it can run, else stock PyTorch. "triton" is small, else persistent.
     An engine asked for by name that cannot run raises KernelUnavailable.
     """
-    engine = _env.choose_impl(impl, ENGINES)
+    engine = _env.choose_impl(impl, IMPLS)
     call = (mode, input, h0, c0, weights, lengths, batch_first)
     if engine == "auto":
         engine = _from_table(mode, input, weights, lengths, batch_first)

@@ -28,7 +28,7 @@ from fastops.ops.rnn_cell_autograd import GRUStep, LSTMStep, RNNStep
 
 __all__ = ["choose", "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"]
 
-ENGINES = ("auto", "triton", "torch")
+IMPLS = ("auto", "triton", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 GATES = {"lstm_cell": 4, "gru_cell": 3, "rnn_tanh_cell": 1, "rnn_relu_cell": 1}
 STOCK: dict[str, Any] = {
@@ -104,7 +104,7 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def choose(impl: str, input: Tensor) -> str:
     """The engine that runs this call: "triton" or "torch"; "auto" follows the table."""
-    engine = _env.choose_impl(impl, ENGINES)
+    engine = _env.choose_impl(impl, IMPLS)
     if engine != "auto":
         return engine
     if input.device.type != "cuda" or "rnn_cell" in _library.BROKEN or why_not(input) is not None:
@@ -135,7 +135,7 @@ def _cell(
     reason = why_not(input)
     if reason is not None:
         raise _env.KernelUnavailable(f"{name}(impl='triton'): {reason}")
-    auto = _env.choose_impl(impl, ENGINES) == "auto"
+    auto = _env.choose_impl(impl, IMPLS) == "auto"
 
     def kernels() -> Any:
         product_x, product_h = F.linear(input, w_ih), F.linear(states[0], w_hh)
