@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import fastops
+import fastops.inspection
+import fastops.profiling
 from bench import results
 from fastops.inspection.render import duration
 from fastops.kernels import rnn_plan
@@ -146,3 +149,20 @@ def test_largest_hidden_sizes_are_those_of_the_plans(engine, mode, itemsize, lar
         machine = rnn_plan.Machine.of(target, multiprocessors=1024)
         sizes = range(1, 201) if engine == "small" else range(8, 1105, 8)
         assert [hidden for hidden in sizes if fits(hidden, machine)] == [h for h in sizes if h <= limit], target
+
+
+def test_everything_public_is_on_a_page():
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for module in (fastops, fastops.nn, fastops.inspection, fastops.profiling):
+        missing = [name for name in module.__all__ if not re.search(rf"\b{name}\b", pages)]
+        assert set(missing) <= {"__version__"}, f"{module.__name__}: no page names {missing}"
+
+
+def test_every_environment_variable_is_explained():
+    files = [path for place in ("fastops", "bench", "models", "tests") for path in (ROOT / place).rglob("*.py")]
+    files += [path for path in (ROOT / ".ci").iterdir() if path.is_file()]
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
+    read = set(re.findall(r"(?<![A-Z_])FASTOPS_[A-Z_]+[A-Z]", text))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+    assert {"FASTOPS_IMPL", "FASTOPS_CACHE"} <= read <= explained
