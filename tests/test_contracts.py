@@ -369,6 +369,26 @@ if not GPU:
         REASONS.setdefault(("autocast_bf16", name), "Triton's interpreter computes bf16 wrongly")
 
 
+# public, and no subject
+NO_OP = {
+    "KernelUnavailable": "an exception",
+    "accelerate": "changes classes of modules, which are subjects; tests/test_accelerate.py",
+    "accelerated": "accelerate, undone",
+    "explain": "says what accelerate would do",
+    "restore": "undoes accelerate",
+    "profile": "measures a call, and gives what it gives",
+    "FusedReLU": "gives back its input: the convolution before it has done its work",
+}
+
+
+def test_everything_public_is_a_subject_or_says_why_not():
+    public = {(m, name) for m in (fastops, fastops.nn) for name in m.__all__ if callable(getattr(m, name))}
+    names = sorted(name for _, name in public)
+    assert names == sorted([*SUBJECTS, *NO_OP])
+    for module, name in public:
+        assert name in NO_OP or SUBJECTS[name].is_module == (module is fastops.nn), name
+
+
 def cells():
     assert REASONS.keys() <= {(contract, name) for contract in CONTRACTS for name in SUBJECTS}
     for contract_name, check in CONTRACTS.items():
