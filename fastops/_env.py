@@ -104,6 +104,14 @@ def nothing_to_choose(impl: str, input: Any) -> bool:
     return type(input) is torch.Tensor and input.is_cpu and _ENCODED_IMPL not in _ENVIRONMENT
 
 
+def may_read_values() -> bool:
+    """Whether the numbers in a tensor may decide what runs: not while a graph is recorded, which would run with others.
+
+    Under torch.compile, torch.jit.trace, and a dispatch mode, as torch.fx's make_fx is.
+    """
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack())
+
+
 KNOWN_IMPLS = ("auto", "triton", "hybrid", "persistent", "small", "step", "torch")
 
 

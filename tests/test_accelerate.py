@@ -1,5 +1,6 @@
 """accelerate, restore, explain and accelerated: what changes, what stays and why, and that undoing is exact."""
 
+import contextlib
 import copy
 import io
 import logging
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fastops
+from fastops._accelerate import swap as accelerate_swap
 from tests.accelerate_models import Everything, TorchvisionAlexNet
 from tests.rule import assert_within_rule
 
@@ -442,3 +444,80 @@ def test_each_class_and_its_hookless_swap(name):
     assert type(model) is getattr(fastops.nn, name)
     assert not any(map(len, hooks(model)))
     assert type(fastops.restore(model)) is getattr(nn, name)
+
+
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(4, 6), lambda: Convolves()], ids=["LSTM", "Conv2d"])
+def test_parametrized_after_it_was_accelerated(make, context):
+    model = make()
+    name = "weight_hh_l0" if isinstance(model, nn.LSTM) else "weight"
+    x = torch.randn(5, 4) if isinstance(model, nn.LSTM) else torch.randn(1, 3, 6, 6)
+
+    def results():
+        found = model(x)
+        return found[0] if isinstance(found, tuple) else found
+
+    before = results()
+    inner = model if isinstance(model, nn.LSTM) else model.conv
+    kind = type(inner)
+    with fastops.accelerated(model, trace=True) if context else contextlib.nullcontext():
+        if not context:
+            fastops.accelerate(model, trace=True)
+        assert type(inner).__module__.startswith("fastops.")
+        torch.nn.utils.parametrizations.weight_norm(inner, name)
+        torch.testing.assert_close(results(), before)
+    fastops.restore(model)
+    assert isinstance(inner, kind)
+    assert not type(inner).__mro__[1].__module__.startswith("fastops.")
+    torch.testing.assert_close(results(), before)
+    torch.nn.utils.parametrize.remove_parametrizations(inner, name)
+    assert type(inner) is kind
+    torch.testing.assert_close(results(), before)
+
+
+class Convolves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return nn.functional.relu(self.conv(x))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(4, 6), lambda: nn.MultiheadAttention(8, 2)])
+def test_an_attribute_of_the_users_that_ours_would_hide(make):
+    module = make()
+    module.impl = "mine"
+    (row,) = fastops.explain(module).kept
+    assert row.reason == "it has an attribute 'impl' of its own"
+    kind = type(module)
+    fastops.accelerate(module)
+    assert type(module) is kind
+    assert module.impl == "mine"
+
+
+def test_an_error_half_way_changes_nothing(monkeypatch):
+    model = nn.ModuleList([nn.LSTM(3, 4), nn.GRU(3, 4), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())])
+    kinds = [type(module) for module in model.modules()]
+    swap = accelerate_swap.swap
+
+    def breaks(module, new, **attributes):
+        swap(module, new, **attributes)
+        if isinstance(module, nn.GRU):
+            raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(accelerate_swap, "swap", breaks)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fastops.accelerate(model)
+    assert [type(module) for module in model.modules()] == kinds
+    with pytest.raises(RuntimeError, match="in the middle"), fastops.accelerated(model):
+        pass
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"only": 3}, "only must be a word"), ({"filter_fn": 3}, "filter_fn must be a function")]
+)
+def test_arguments_of_another_type(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        fastops.accelerate(nn.LSTM(3, 4), **arguments)

@@ -315,3 +315,86 @@ def test_checkpointed_autocast_and_no_grad(kernels):
     assert x.grad is not None
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         assert model(x).dtype == torch.float16
+
+
+class WithArguments(nn.Sequential):
+    def __init__(self, channels):
+        super().__init__(nn.Conv2d(3, channels, 3), nn.ReLU())
+        self.channels = channels
+
+
+class Reduces(WithArguments):
+    def __reduce__(self):
+        return type(self), (self.channels,)
+
+
+class Registers(WithArguments):
+    def __init_subclass__(cls, *, tag, **options):
+        super().__init_subclass__(**options)
+        cls.tag = tag
+
+
+class Meta(type):
+    pass
+
+
+class WithMeta(WithArguments, metaclass=Meta):
+    pass
+
+
+class OwnName(WithArguments):
+    def fused(self):
+        return "mine"
+
+
+def with_attribute(name):
+    module = WithArguments(4)
+    setattr(module, name, "mine")
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Reduces(4), "Reduces has a __reduce__ of its own"),
+        (lambda: Registers(4), "Registers has a __init_subclass__ of its own"),
+        (lambda: WithMeta(4), "WithMeta has a metaclass, Meta"),
+        (lambda: OwnName(4), "it has an attribute 'fused' of its own"),
+        (lambda: with_attribute("impl"), "it has an attribute 'impl' of its own"),
+        (lambda: with_attribute("apart"), "it has an attribute 'apart' of its own"),
+        (
+            lambda: nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 3), relu=nn.ReLU(), impl=nn.Identity())),
+            "it has an attribute 'impl' of its own",
+        ),
+    ],
+    ids=["reduce", "init_subclass", "metaclass", "method", "impl", "apart", "child"],
+)
+def test_sequentials_of_which_no_class_is_made(make, reason):
+    module = make()
+    kind = type(module)
+    (row,) = fastops.explain(module).kept
+    assert row.reason == f"{kind.__name__}, its Sequential, stays: {reason}"
+    x = torch.randn(1, 3, 6, 6)
+    expected = module(x)
+    fastops.accelerate(module)
+    assert type(module) is kind
+    assert copy.deepcopy(module)(x).min() == 0
+    assert torch.equal(module(x), expected)
+
+
+def test_restored_leaves_no_trace():
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU()]
+    model = nn.Sequential(*layers)
+    before = dict(model.__dict__)
+    assert fastops.restore(fastops.accelerate(model)).__dict__ == before
+    for _ in range(2):  # the second time it knows one of the two already
+        fastops.accelerate(model, filter_fn=lambda module, path: path == "0")
+        fastops.accelerate(model)
+    assert list(model.fused()) == [(0, 2), (2, 2)]
+    assert fastops.restore(model).__dict__ == before
+
+
+def test_a_slice_can_be_restored():
+    part = fastops.accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout()))[:2]
+    assert isinstance(part, fastops.nn.Sequential)
+    assert type(fastops.restore(part)) is nn.Sequential

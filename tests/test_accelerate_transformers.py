@@ -62,6 +62,13 @@ def test_the_old_implementation_comes_back(implementation):
     assert model.config._attn_implementation == implementation
 
 
+def test_an_implementation_chosen_since_stays():
+    model = fastops.accelerate(bert())
+    model.set_attn_implementation("eager")
+    assert fastops.restore(model).config._attn_implementation == "eager"
+    assert fastops.restore(fastops.accelerate(model)).config._attn_implementation == "eager"
+
+
 def test_inside_another_model_and_in_copies():
     model = nn.ModuleDict({"encoder": bert(), "head": nn.GRU(16, 4)})
     (encoder, head) = fastops.explain(model)

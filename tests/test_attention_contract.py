@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -412,3 +413,28 @@ def test_nested_tensors_go_to_stock():
         sdpa(q, k, v, impl="triton")
     with pytest.raises(ValueError, match="impl must be one of"):
         sdpa(q, k, v, impl="cuda")
+
+
+@pytest.mark.parametrize("how", ["trace", "make_fx"])
+@pytest.mark.parametrize("size", [8, 384])
+def test_a_recorded_graph_is_right_for_other_lengths(how, size):
+    """What is decided from the numbers in one call's lengths would be wrong for the next call's."""
+
+    def attend(q, lengths):
+        return fastops.scaled_dot_product_attention(q, q, q, key_lengths=lengths)
+
+    q = torch.randn(8, 4, size, 16)
+    first, other = torch.full((8,), size // 4), torch.full((8,), size - 1)
+    graph = torch.jit.trace(attend, (q, first)) if how == "trace" else make_fx(attend)(q, first)
+    torch.testing.assert_close(graph(q, other), attend(q, other))
+
+    layer = fastops.nn.TransformerEncoderLayer(16, 2, 16, batch_first=True).eval().requires_grad_(False)
+    x = torch.randn(8, size, 16)
+    masks = [torch.arange(size) >= lengths[:, None] for lengths in (first, other)]
+
+    def encode(x, mask):
+        return layer(x, src_key_padding_mask=mask)
+
+    graph = torch.jit.trace(encode, (x, masks[0])) if how == "trace" else make_fx(encode)(x, masks[0])
+    alive = ~masks[1]
+    torch.testing.assert_close(graph(x, masks[1])[alive], encode(x, masks[1])[alive])

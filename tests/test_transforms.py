@@ -96,3 +96,14 @@ def test_what_stock_pytorch_can_do_is_done_under_auto():
     assert derivative.abs().sum() > 0
     batch = torch.randn(2, STEPS, BATCH, HIDDEN)
     torch.testing.assert_close(torch.vmap(lambda x: normalised(x, "auto"))(batch)[1], normalised(batch[1], "auto"))
+
+
+@pytest.mark.parametrize("impl", ["small", "step"])
+def test_recurrent_layers_refuse_to_be_traced_by_name(impl):
+    """Sizes are tensors there; under "auto" the module is stock PyTorch."""
+    x = torch.randn(STEPS, BATCH, HIDDEN)
+    with pytest.raises(fastops.KernelUnavailable, match=r"torch\.jit\.trace"):
+        torch.jit.trace(lambda x: recurrent(x, impl), (x,))
+    module = fastops.nn.LSTM(HIDDEN, 4)
+    traced = torch.jit.trace(module, (x,))
+    torch.testing.assert_close(traced(2 * x)[0], module(2 * x)[0])

@@ -36,9 +36,10 @@ def accelerate(
     """Let fastops run what it can of a model. In place; the same object comes back; calling it again changes nothing.
 
     An nn.Sequential takes its Conv2d + ReLU (+ MaxPool2d) together; nn.LSTM, GRU, RNN and their cells,
-    MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer become those of fastops.nn; models of
-    transformers get attn_implementation="fastops". Everything else, and everything that does more than torch's own
-    class (subclasses, parametrizations, weight norm, quantised or scripted modules), stays, and `explain` says why.
+    MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer and (with enable_nested_tensor=False)
+    TransformerEncoder become those of fastops.nn; models of transformers get attn_implementation="fastops". Everything
+    else, and everything that does more than torch's own class (subclasses, parametrizations, weight norm, quantised or
+    scripted modules), stays, and `explain` says why. Where an error ends it, the model is what it was.
 
     One line is logged to the logger "fastops": at level INFO, or WARNING where nothing was found to accelerate.
 
@@ -94,19 +95,29 @@ def accelerated(
     trace: bool = False,
 ) -> Iterator[Model]:
     """`accelerate` inside a with statement: on leaving it, what it changed (and nothing else) is undone."""
-    check_module(model)
-    before = {module: getattr(module, "apart", ()) for module in model.modules() if _changed(module)}
+    before = _state(model)
     _accelerate(model, only, filter_fn, strict, trace)
     ours = [module for module in model.modules() if _changed(module) and module not in before]
     try:
         yield model
     finally:
-        for module in ours:
-            swap.unswap(module)
-            huggingface.switch_back(module)
-        for module, apart in before.items():
-            if getattr(module, "apart", ()) != apart:  # a Sequential of which more was taken together in between
-                module.apart = apart  # type: ignore[assignment]
+        _undo(ours, before)
+
+
+def _state(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """The modules of a model that are changed already, and what of each is called on its own."""
+    check_module(model)
+    return {module: getattr(module, "apart", ()) for module in model.modules() if _changed(module)}
+
+
+def _undo(changed: Iterable[nn.Module], before: dict[nn.Module, tuple[str, ...]]) -> None:
+    """Make modules what they were; those that were changed before stay changed."""
+    for module in changed:
+        swap.unswap(module)
+        huggingface.switch_back(module)
+    for module, apart in before.items():
+        if getattr(module, "apart", ()) != apart:  # a Sequential of which more was taken together in between
+            module.apart = apart  # type: ignore[assignment]
 
 
 def _changed(module: nn.Module) -> bool:
@@ -120,9 +131,14 @@ def _accelerate(
     report = plan(model, only, filter_fn, trace)
     if strict:
         _be_strict(model, report, only, filter_fn is not None)
-    for row in report.rows:
-        if row.apply is not None:
-            row.apply()
+    before = _state(model)
+    try:
+        for row in report.rows:
+            if row.apply is not None:
+                row.apply()
+    except BaseException:
+        _undo([module for module in model.modules() if _changed(module) and module not in before], before)
+        raise
     logger.log(logging.INFO if report.accelerated else logging.WARNING, "accelerate %s", report.summary())
 
 

@@ -42,9 +42,10 @@ def switch(module: Any) -> None:
 
 
 def switch_back(module: nn.Module) -> None:
-    """Undo `switch`, where there was one."""
+    """Undo `switch`, where there was one; what was chosen since stays."""
     for config, implementation in module.__dict__.pop(WAS, ()):
-        config._attn_implementation = implementation
+        if config._attn_implementation == OURS:
+            config._attn_implementation = implementation
 
 
 def switched(module: nn.Module) -> bool:

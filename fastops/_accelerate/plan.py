@@ -24,6 +24,8 @@ def plan(
     """The report of a dry run; its rows carry what `accelerate` has to call."""
     check_module(model)
     ops = chosen_ops(only)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of a module and its path, got {type(filter_fn).__name__}")
     wanted = filter_fn or (lambda module, path: True)
     rows: list[Row] = []
     if "conv2d_relu" in ops:
@@ -47,6 +49,8 @@ def chosen_ops(only: str | Iterable[str] | None) -> set[str]:
     """`only` as a set of known words."""
     if only is None:
         return set(OPS)
+    if not isinstance(only, Iterable):
+        raise TypeError(f"only must be a word or several, got {type(only).__name__}")
     ops = {only} if isinstance(only, str) else set(only)
     unknown = ops - set(OPS)
     if unknown:
@@ -107,7 +111,21 @@ def why_not(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why a module cannot be swapped for one that does what `kind` does, or None. Hooks are no reason: they stay."""
     if swap.plain_class(module) is not kind:
         return why_not_plain(module, kind)
-    return why_not_its_class(module) or _why_not_weights(module)
+    return why_not_its_class(module) or _why_not_names(module, ("impl",)) or _why_not_weights(module)
+
+
+def _why_not_names(module: nn.Module, names: Iterable[str]) -> str | None:
+    """Ours has these attributes; a module that has one by that name already would lose it."""
+    taken = next((name for name in names if hasattr(module, name)), None)
+    return taken and f"it has an attribute {taken!r} of its own"
+
+
+def _why_not_sequential(module: nn.Sequential) -> str | None:
+    """Why a Sequential with something to take together stays, or None."""
+    if isinstance(module, Sequential):
+        return None
+    reason = _why_not_names(module, ("impl", "apart", "fused")) or swap.why_no_class_of(swap.plain_class(module))
+    return reason and f"{type(module).__name__}, its Sequential, stays: {reason}"
 
 
 def _why_not_weights(module: nn.Module) -> str | None:
@@ -146,7 +164,9 @@ def _convolutions(model: nn.Module, wanted: Filter, tracing: bool) -> Iterator[R
         found = list(groups(module))
         if not found:
             continue
-        own_forward = type(module).forward not in (nn.Sequential.forward, Sequential.forward)
+        stays = _why_not_sequential(module)
+        if type(module).forward not in (nn.Sequential.forward, Sequential.forward):
+            stays = f"{type(module).__name__}, its Sequential, has a forward of its own"
         done = isinstance(module, Sequential)
         chosen = [g for g in found if wanted(module._modules[g.name], _join(path, g.name))]  # type: ignore[arg-type]
         apart = tuple(g.name for g in found if g.length and g not in chosen)
@@ -154,9 +174,8 @@ def _convolutions(model: nn.Module, wanted: Filter, tracing: bool) -> Iterator[R
         for group in chosen:
             convolution = module._modules[group.name]
             assert convolution is not None
-            if group.length == 0 or own_forward:
-                reason = group.reason or f"{type(module).__name__}, its Sequential, has a forward of its own"
-                in_sequential.setdefault(convolution, reason)
+            if group.length == 0 or stays:
+                in_sequential.setdefault(convolution, group.reason or stays or "")
                 continue
             settled.add(convolution)
             becomes = "one call: conv2d_relu" + ("_max_pool2d" if group.length == 3 else "")
@@ -183,7 +202,7 @@ def _convolutions(model: nn.Module, wanted: Filter, tracing: bool) -> Iterator[R
 
 def _swap_sequential(module: nn.Sequential, apart: tuple[str, ...]) -> None:
     if isinstance(module, Sequential):
-        module.apart = apart
+        swap.note(module, apart=apart)
     else:
         new = swap.sequential_class(swap.plain_class(module))
         swap.swap(module, new, **({"apart": apart} if apart else {}))

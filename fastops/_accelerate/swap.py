@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from fastops.nn._impl import WAS
 from fastops.nn.sequential import Sequential
-
-WAS = "_fastops_was"
 
 _rewrapped: dict[tuple[type, type], type] = {}
 _derived: dict[type, type] = {}
@@ -22,6 +21,17 @@ def swap(module: nn.Module, new: type[nn.Module], **attributes: Any) -> None:
     module.__dict__[WAS] = (plain_class(module), tuple(attributes))
     module.__dict__.update(attributes)
     _set_class(module, new)
+
+
+def note(module: nn.Module, **attributes: Any) -> None:
+    """Set attributes of a module of ours; where it was swapped, they go when it is restored. No trace of defaults."""
+    for name, value in attributes.items():
+        if value == getattr(module, name):
+            continue
+        module.__dict__[name] = value
+        if WAS in module.__dict__:
+            old, names = module.__dict__[WAS]
+            module.__dict__[WAS] = (old, (*names, name))
 
 
 def unswap(module: nn.Module) -> None:
@@ -46,6 +56,11 @@ def _wrapped(cls: type) -> bool:
 
 def _set_class(module: nn.Module, new: type) -> None:
     cls = type(module)
+    if "parametrizations" in module._modules and cls.__name__.startswith("Parametrized"):
+        # as torch.nn.utils.parametrize makes them: a class ParametrizedLinear(Linear) with properties
+        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", "__doc__")}
+        module.__class__ = type(f"Parametrized{new.__name__}", (new,), own)
+        return
     if not _wrapped(cls):
         module.__class__ = new
         return
@@ -55,6 +70,16 @@ def _set_class(module: nn.Module, new: type) -> None:
         namespace = {name: value for name, value in vars(cls).items() if name in ("__deepcopy__", "__module__")}
         _rewrapped[cls, new] = type(prefix + new.__name__, (cls.__bases__[0], new), namespace)
     module.__class__ = _rewrapped[cls, new]
+
+
+def why_no_class_of(cls: type) -> str | None:
+    """Why no class can be made of a user's class of Sequential, or None: that would run, or bypass, code of theirs."""
+    if type(cls) is not type:
+        return f"{cls.__name__} has a metaclass, {type(cls).__name__}"
+    theirs = [c for c in cls.__mro__ if c not in nn.Sequential.__mro__]
+    special = ("__init_subclass__", "__new__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
+    found = next((name for name in special if any(name in vars(c) for c in theirs)), None)
+    return found and f"{cls.__name__} has a {found} of its own"
 
 
 def sequential_class(cls: Any) -> type[nn.Module]:

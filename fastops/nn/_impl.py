@@ -9,6 +9,8 @@ from torch import nn
 
 from fastops._env import choose_impl
 
+WAS = "_fastops_was"  # where a module that fastops.accelerate changed has noted what it was
+
 
 def set_impl(module: nn.Module, impl: str, allowed: tuple[str, ...]) -> None:
     """Give a module an engine; ValueError where there is none of that name."""

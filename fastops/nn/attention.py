@@ -126,6 +126,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint: it says that attn_mask is causal")
+        if self._qkv_same_embed_dim and key.shape != value.shape:
+            raise AssertionError(f"key and value must be of one shape: {shapes}")
         for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             if x.shape[-1] != width:
                 kind = AssertionError if name == "query" else RuntimeError

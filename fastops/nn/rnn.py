@@ -64,6 +64,8 @@ class _Recurrent(torch.nn.RNNBase):
         return self._packed(input, hx, layer) if packed else self._padded(input, hx, lengths, layer)
 
     def _check_lengths(self, input: Any, lengths: Tensor) -> Tensor:
+        if not isinstance(input, Tensor | PackedSequence):
+            raise TypeError(f"input must be a Tensor or a PackedSequence, got {type(input).__name__}")
         if isinstance(input, PackedSequence):
             raise ValueError("lengths go with a padded tensor; a PackedSequence has its own")
         if input.dim() != 3:

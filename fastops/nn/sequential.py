@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastops._env import choose_impl
-from fastops.nn._impl import set_impl, with_impl
+from fastops.nn._impl import WAS, set_impl, with_impl
 from fastops.nn.conv import padded
 from fastops.ops.conv2d_relu import IMPLS, conv2d_relu, conv2d_relu_max_pool2d
 
@@ -59,7 +59,9 @@ class Sequential(nn.Sequential):
         """A child, or a Sequential of a slice of the children with the same `impl`."""
         part = super().__getitem__(index)
         if isinstance(index, slice):
-            part.__dict__.update({name: self.__dict__[name] for name in ("impl", "apart") if name in self.__dict__})
+            part.__dict__.update(
+                {name: self.__dict__[name] for name in ("impl", "apart", WAS) if name in self.__dict__}
+            )
         return part
 
     def fused(self) -> Iterator[tuple[int, int]]:

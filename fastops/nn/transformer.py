@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastops._env import may_read_values
 from fastops.nn._impl import set_impl, with_impl
 from fastops.nn.attention import MultiheadAttention, refuse_triton
 from fastops.ops.attention import IMPLS
@@ -93,7 +94,7 @@ class TransformerEncoder(nn.TransformerEncoder):
     ) -> Tensor:
         """See torch.nn.TransformerEncoder.forward."""
         if is_causal is None:
-            is_causal = mask is not None and not torch.compiler.is_compiling() and holds_causal(mask)
+            is_causal = mask is not None and may_read_values() and holds_causal(mask)
         output = src
         for layer in self.layers:
             output = layer(output, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)

@@ -90,7 +90,7 @@ def scaled_dot_product_attention(
             return F.scaled_dot_product_attention(
                 query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        if isinstance(key_lengths, Tensor) and not (dropout_p or is_causal or torch.compiler.is_compiling()):
+        if isinstance(key_lengths, Tensor) and not (dropout_p or is_causal) and _env.may_read_values():
             out = padded_inference(query, key, value, key_lengths, scale)
             if out is not None:
                 return out
@@ -98,7 +98,7 @@ def scaled_dot_product_attention(
     tensors |= {"query_lengths": query_lengths, "alibi_slopes": alibi_slopes}
     checks.check_tensors(name, tensors, ("attn_mask", "key_lengths", "query_lengths", "alibi_slopes"))
     dropout_p, scale, softcap = checks.check_numbers(name, dropout_p, scale, softcap)
-    checks.check_flags(name, {"is_causal": is_causal, "enable_gqa": enable_gqa})
+    checks.check_flags(name, {"is_causal": is_causal, "enable_gqa": enable_gqa, "return_lse": return_lse})
     if query.is_nested:
         extras = (key_lengths, query_lengths, window, alibi_slopes)
         if any(x is not None for x in extras) or softcap or return_lse:
@@ -226,7 +226,7 @@ def varlen_attention(
     tensors = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     checks.check_tensors(name, tensors | {"alibi_slopes": alibi_slopes}, ("alibi_slopes",))
     dropout_p, scale, softcap = checks.check_numbers(name, dropout_p, scale, softcap)
-    checks.check_flags(name, {"is_causal": is_causal})
+    checks.check_flags(name, {"is_causal": is_causal, "return_lse": return_lse})
     left, right = checks.bounds(window, is_causal)
     query, key, value, _ = arguments.autocast(query, key, value, None)
     checks.check_packed(query, key, value, cu_seqlens_q, cu_seqlens_k)

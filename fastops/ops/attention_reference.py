@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastops import _env
+
 WORTH_A_CALL = 8_000_000  # multiply-adds saved on a CPU that pay for one more call of stock attention
 
 
@@ -159,7 +161,7 @@ def stock(
         )
     causal = options.right == 0 and options.left < 0 and shift == 0 and attn_mask is None and alibi_slopes is None
     lengths_given = key_lengths is not None or query_lengths is not None
-    can_slice = lengths_given and query.dim() == 4 and query.device.type == "cpu" and not torch.compiler.is_compiling()
+    can_slice = lengths_given and query.dim() == 4 and query.device.type == "cpu" and _env.may_read_values()
     if can_slice and (key_lengths is None or key_lengths.device.type == "cpu"):
         out = _sliced(query, key, value, attn_mask, options, key_lengths, query_lengths, alibi_slopes, enable_gqa)
         if out is not None:

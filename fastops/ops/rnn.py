@@ -77,6 +77,8 @@ def why_not(
     transform = _library.why_no_transform()
     if transform is not None:
         return transform
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records sizes as tensors, of which no tile sizes follow"
     if input.numel() == 0:
         return f"the input is empty: {tuple(input.shape)}"
     batch = input.shape[0 if batch_first else 1]

@@ -128,7 +128,9 @@ def _cell(
     if choose(impl, input) == "torch":
         return STOCK[name](input, hx, w_ih, w_hh, b_ih, b_hh)
     states = hx if name == "lstm_cell" else (hx,)
-    if name == "lstm_cell" and (not isinstance(hx, tuple | list) or len(hx) != 2):
+    if name == "lstm_cell" and not isinstance(hx, tuple | list):
+        raise TypeError(f"{name}(): argument 'hx' must be tuple of Tensors, not {type(hx).__name__}")
+    if name == "lstm_cell" and len(hx) != 2:
         raise RuntimeError("lstm_cell expects two hidden states")
     input, w_ih, w_hh, b_ih, b_hh, *states = _autocast(input, w_ih, w_hh, b_ih, b_hh, *states)
     _check(name, input, states, w_ih, w_hh, b_ih, b_hh)
