@@ -255,6 +255,39 @@ def test_a_module_asks_the_table_for_its_first_two_layers(gpu, monkeypatch, batc
     assert not module._wins(x, False)
 
 
+def test_which_engine_a_recurrent_module_takes(gpu, monkeypatch):
+    """ "torch" for all layers at once where the table names none of ours; where it does, each layer asks for itself."""
+    module = fastops.nn.LSTM(8, 16, device="meta")
+    asked = []
+    monkeypatch.setattr(rnn_modules._Recurrent, "_wins", lambda self, *given: [asked.append(given), wins][1])
+    x = fake(7, 4, 8)
+    for wins in (True, False):
+        found = "auto" if wins else "torch"
+        assert module._engine(x, False) == found
+        assert module._engine(fake(7, 8), True) == found
+        packed = torch.nn.utils.rnn.PackedSequence(fake(10, 8), torch.tensor([4, 3, 3]))
+        assert module._engine(packed, False) == found
+        assert [ragged for _, ragged in asked] == [False, True, False]
+        asked.clear()
+    wins = True
+    for stock in (fake(7, 4, 8, device="cpu"), fake(8), fake(1, 7, 4, 8)):
+        assert module._engine(stock, False) == "torch"
+    assert not asked
+    for impl in ("torch", "triton", "small", "persistent", "step"):
+        module.impl = impl
+        assert module._engine(x, False) == impl
+        assert module._engine(fake(7, 4, 8, device="cpu"), True) == impl
+    assert not asked
+    projected = fastops.nn.LSTM(8, 16, proj_size=4, device="meta")
+    assert projected._engine(x, False) == "torch"
+    projected.impl = "torch"
+    assert projected._engine(x, False) == "torch"
+    projected.impl = "step"
+    with pytest.raises(KernelUnavailable, match=r"LSTM\(impl='step'\): proj_size"):
+        projected._engine(x, False)
+    assert not asked
+
+
 def test_lengths_become_int64():
     found = check_lengths(torch.tensor([1, 2], dtype=torch.int16), 2, 2, torch.device("cpu"))
     assert found.dtype == torch.int64

@@ -329,6 +329,16 @@ def test_bad_lengths():
     ):
         with pytest.raises(ValueError, match=message):
             module(x, lengths=lengths)
+    turned = fastops.nn.GRU(3, 5, batch_first=True)
+    assert turned(x, lengths=torch.tensor([2, 0, 1, 2]))[0].shape == (4, 2, 5)
+    for lengths, message in (
+        (torch.tensor([2, 3, 1, 1]), r"lengths\[1\].*3"),
+        (torch.tensor([2, 2]), r"\(4,\).*\(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            turned(x, lengths=lengths)
+    with pytest.raises(TypeError, match="input must be a Tensor or a PackedSequence, got NoneType"):
+        module(None, lengths=torch.tensor([4, 2]))
     with pytest.raises(TypeError, match="list"):
         module(x, lengths=[4, 2])
     with pytest.raises(ValueError, match="batched"):
