@@ -150,7 +150,7 @@ def conv2d_kernels(case: Convolution) -> str:
 
 @st.composite
 def sequentials(draw: Any) -> tuple[Any, ...]:
-    """Constructors of children, an input, an impl."""
+    """Constructors of children, an input, an impl, a seed, and whether a forward of the model's own calls them."""
     channels, children = 2, []
     for _ in range(draw(st.integers(1, 4))):
         kind = draw(st.sampled_from(["conv", "conv relu", "conv relu pool", "relu", "pool", "norm", "identity"]))
@@ -171,16 +171,34 @@ def sequentials(draw: Any) -> tuple[Any, ...]:
             children.append(("Identity", (), {}))
     batch = draw(st.sampled_from([(1,), (2,), ()]))
     image = draw(specs((*batch, 2, draw(st.integers(3, 7)), 6), torch.float32, values="small"))
-    return tuple(children), image, draw(st.sampled_from(["auto", "triton", "hybrid"])), draw(SEEDS)
+    impl = draw(st.sampled_from(["auto", "triton", "hybrid"]))
+    return tuple(children), image, impl, draw(SEEDS), draw(rarely(st.just(False), st.just(True)))
+
+
+class Chain(nn.Module):
+    """What a Sequential does, as a trace must find out; ReLUs become fastops.nn.FusedReLU."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 @fuzzed(sequentials())
 def sequential(case: tuple[Any, ...]) -> str:
-    """accelerate() of a Sequential computes the same and is undone exactly; integers, so that layers do not round."""
-    children, image, impl, seed = case
+    """accelerate() computes the same, and is undone exactly; integers, so that layers do not round."""
+    children, image, impl, seed, trace = case
     torch.manual_seed(seed)
-    model = nn.Sequential(*(getattr(nn, name)(*args, **options) for name, args, options in children)).eval()
-    double = nn.Sequential(*(getattr(nn, name)(*args, **options) for name, args, options in children)).eval().double()
+
+    def build() -> nn.Module:
+        layers = (getattr(nn, name)(*args, **options) for name, args, options in children)
+        return (Chain if trace else nn.Sequential)(*layers).eval()
+
+    model, double = build(), build().double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.random_(-2, 3)
@@ -194,7 +212,7 @@ def sequential(case: tuple[Any, ...]) -> str:
     parameters, exact = list(model.parameters()), list(double.parameters())
 
     def accelerated(x: Any) -> Any:
-        fastops.accelerate(model)
+        fastops.accelerate(model, trace=trace)
         try:
             with environment(FASTOPS_IMPL=impl):
                 result = model(x * 1)

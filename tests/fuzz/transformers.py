@@ -10,9 +10,38 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastops
-from tests.fuzz.engine import SEEDS, Spec, agree_modules, fuzzed, rarely, specs
+from tests.fuzz.engine import SEEDED_DROPOUT, SEEDS, Spec, agree_modules, fuzzed, rarely, seeded, specs
 
-WRONG = ("width", "rank", "key length", "mask shape", "mask dtype", "padding shape", "causal without mask")
+WRONG = (
+    "width",
+    "rank",
+    "key length",
+    "mask shape",
+    "mask dtype",
+    "padding shape",
+    "padding dtype",
+    "causal without mask",
+)
+LAYER_WRONG = (
+    "width",
+    "rank",
+    "input dtype",
+    "mask width",
+    "mask length",
+    "mask dtype",
+    "mask rank",
+    "padding width",
+    "padding batch",
+    "padding dtype",
+    "memory width",
+    "memory batch",
+    "memory rank",
+)
+
+
+def rates(impls: tuple[str, ...]) -> Any:
+    """Of dropout: where the kernels draw, what is comparable is that all is dropped."""
+    return st.sampled_from([0.0, 0.0, 0.5 if SEEDED_DROPOUT and "auto" in impls else 1.0, 1.0])
 
 
 @dataclass(frozen=True)
@@ -43,6 +72,7 @@ def multihead(draw: Any, impls: tuple[str, ...]) -> Heads:
     same = draw(st.sampled_from([1, 2, 3]))
     if same == 3 and draw(st.booleans()):
         options |= {"kdim": draw(st.integers(1, 3)), "vdim": draw(st.integers(1, 3))}
+    options["dropout"] = draw(rates(impls))
     if draw(st.integers(0, 5)) == 5:
         options[draw(st.sampled_from(["add_bias_kv", "add_zero_attn"]))] = True
     wrong = draw(rarely(st.just("none"), st.sampled_from(WRONG)))
@@ -68,11 +98,12 @@ def multihead(draw: Any, impls: tuple[str, ...]) -> Heads:
         if wrong == "mask shape":
             dims = (*dims[:-1], k_len + 1)
         mask = draw(specs(dims, torch.int64 if wrong == "mask dtype" else torch.bool)), draw(st.booleans())
-    if wrong == "padding shape" or draw(st.booleans()):
+    if wrong.startswith("padding") or draw(st.booleans()):
         dims = (batch, k_len) if batched else (k_len,)
         if wrong == "padding shape":
             dims = (*dims[:-1], k_len + 1)
-        padding = draw(specs(dims, torch.bool)), draw(st.booleans())
+        kind = torch.int64 if wrong == "padding dtype" else torch.bool
+        padding = draw(specs(dims, kind)), draw(st.booleans())
     if wrong == "causal without mask":
         mask, call["is_causal"] = None, True
     return Heads(options, inputs, mask, padding, call, dtype, draw(st.sampled_from(impls)), draw(SEEDS))
@@ -97,7 +128,7 @@ def multihead_call(case: Heads) -> str:
                     masks[name] = made if made.dtype != torch.bool else bool_or_float(made, mask[1], query.dtype)
             return module(query, key, value, **masks, **case.call)
 
-        return call
+        return seeded(call, case.seed)
 
     return agree_modules(through, ours, stock, double, case.inputs, explicit=case.impl == "triton")
 
@@ -119,6 +150,7 @@ class Layer:
     inputs: tuple[Spec, ...]
     masks: dict[str, tuple[Spec, bool]]
     training: bool
+    wrong: str
     dtype: torch.dtype
     impl: str
     seed: int
@@ -130,25 +162,50 @@ def layers(draw: Any, impls: tuple[str, ...]) -> Layer:
     kind = draw(st.sampled_from([*one, *many]) if "auto" in impls else rarely(*map(st.sampled_from, (one, many))))
     options: dict[str, Any] = {"d_model": 4, "nhead": draw(st.sampled_from([1, 2])), "dim_feedforward": 5}
     options |= {"norm_first": draw(st.booleans()), "batch_first": draw(st.booleans()), "bias": draw(st.booleans())}
-    options |= {"dropout": 0.0, "activation": draw(st.sampled_from(["relu", "gelu"]))}
+    options |= {"dropout": draw(rates(impls)), "activation": draw(st.sampled_from(["relu", "gelu"]))}
     batch, length, memory = draw(st.integers(1, 2)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
     dtype = torch.float32
 
     def shape(steps: int) -> tuple[int, ...]:
         return (batch, steps, 4) if options["batch_first"] else (steps, batch, 4)
 
-    wrong = draw(rarely(st.just(0), st.just(1)))
-    names = {"src_mask": (length, length + wrong), "src_key_padding_mask": (batch, length)}
-    inputs = [draw(specs(shape(length), dtype))]
-    if kind == "TransformerEncoder":
-        names["mask"] = names.pop("src_mask")
-    if kind == "TransformerDecoderLayer":
-        inputs.append(draw(specs(shape(memory), dtype)))
-        names = {"tgt_mask": (length, length + wrong), "memory_mask": (length, memory)}
-        names |= {"tgt_key_padding_mask": (batch, length), "memory_key_padding_mask": (batch, memory)}
-    masks = {n: (draw(specs(s, torch.bool)), draw(st.booleans())) for n, s in names.items() if draw(st.booleans())}
+    decoder = kind == "TransformerDecoderLayer"
+    mistakes = [w for w in LAYER_WRONG if decoder or "memory" not in w]
+    wrong = draw(rarely(st.just("none"), st.sampled_from(mistakes)))
+    if wrong != "none":
+        options["dropout"] = 0.0
+    named = "tgt" if decoder else "src"
+    square, hidden = f"{named}_mask" if kind != "TransformerEncoder" else "mask", f"{named}_key_padding_mask"
+    names: dict[str, tuple[int, ...]] = {square: (length, length), hidden: (batch, length)}
+    shapes = [shape(length)]
+    if decoder:
+        shapes.append(shape(memory))
+        names |= {"memory_mask": (length, memory), "memory_key_padding_mask": (batch, memory)}
+    place = 1 if "memory" in wrong else 0
+    if "mask" in wrong or "padding" in wrong:
+        odd = draw(st.sampled_from(sorted(n for n in names if ("padding" in n) == ("padding" in wrong))))
+        first, last = names[odd]
+        if wrong.endswith("width"):
+            last += 1
+        if wrong in ("mask length", "padding batch"):
+            first += 1
+        names[odd] = (first, last) if wrong != "mask rank" else draw(st.sampled_from([(last,), (1, 1, first, last)]))
+    elif wrong.endswith("width"):
+        shapes[place] = (*shapes[place][:-1], 5)
+    elif wrong.endswith("rank"):
+        shapes[place] = draw(st.sampled_from([(4,), (1, *shapes[place])]))
+    elif wrong == "memory batch":
+        axis = 0 if options["batch_first"] else 1
+        shapes[1] = tuple(size + (i == axis) for i, size in enumerate(shapes[1]))
+    inputs = [draw(specs(s, torch.float64 if wrong == "input dtype" else dtype)) for s in shapes]
+    masks = {}
+    for name, dims in names.items():
+        mistaken = ("mask" in wrong or "padding" in wrong) and name == odd
+        if mistaken or draw(st.booleans()):
+            of = torch.int64 if mistaken and wrong.endswith("dtype") else torch.bool
+            masks[name] = draw(specs(dims, of)), draw(st.booleans())
     seed, impl = draw(SEEDS), draw(st.sampled_from(impls))
-    return Layer(kind, options, tuple(inputs), masks, draw(st.booleans()), dtype, impl, seed)
+    return Layer(kind, options, tuple(inputs), masks, draw(st.booleans()), wrong, dtype, impl, seed)
 
 
 def layer_call(case: Layer) -> str:
@@ -162,14 +219,18 @@ def layer_call(case: Layer) -> str:
     stock, ours, double = build(nn), build(fastops.nn, impl=case.impl), build(nn).double()
     double.load_state_dict(stock.state_dict())
     for module in (stock, ours, double):
-        module.train(case.training)
+        # of what is wrong torch's fused way of evaluation sees another part, and says so by other errors
+        module.train(case.training or (case.wrong != "none" and module is not ours))
 
     def through(module: nn.Module) -> Any:
         def call(*inputs: Tensor) -> Any:
-            masks = {n: bool_or_float(m.make(), as_float, inputs[0].dtype) for n, (m, as_float) in case.masks.items()}
+            masks = {}
+            for name, (mask, as_float) in case.masks.items():
+                made = mask.make()
+                masks[name] = made if made.dtype != torch.bool else bool_or_float(made, as_float, inputs[0].dtype)
             return module(*inputs, **masks)
 
-        return call
+        return seeded(call, case.seed)
 
     return agree_modules(through, ours, stock, double, case.inputs, explicit=case.impl == "triton")
 
