@@ -1,3 +1,3 @@
 """Enters the properties of every op."""
 
-from tests.fuzz import attention, conv, rnn, transformers  # noqa: F401
+from tests.fuzz import attention, conv, engines, hugging_face, rnn, transformers  # noqa: F401
