@@ -78,7 +78,22 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("groups", "why_not_plain", "why_not_its_class", "why_no_relu", "why_no_pool"),
         ("tests/test_accelerate_sequential.py",),
     ),
-    "fastops/_accelerate/plan.py": (("why_not", "_why_not_weights", "_foreign"), ("tests/test_accelerate.py",)),
+    "fastops/nn/attention.py": (
+        (
+            "MultiheadAttention._why_torch",
+            "MultiheadAttention._check",
+            "attention_masks",
+            "lengths_of",
+            "refuse_triton",
+        ),
+        ("tests/test_attention_modules.py",),
+    ),
+    "fastops/nn/transformer.py": (("holds_causal",), ("tests/test_attention_modules.py",)),
+    "fastops/_accelerate/huggingface.py": (("why_not",), ("tests/test_accelerate_transformers.py",)),
+    "fastops/_accelerate/plan.py": (
+        ("why_not", "_why_not_names", "_why_not_sequential", "_why_not_weights", "_foreign"),
+        ("tests/test_accelerate.py", "tests/test_accelerate_sequential.py"),
+    ),
 }
 
 OTHER = {

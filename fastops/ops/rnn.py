@@ -4,10 +4,11 @@ LSTM (gates i, f, g, o):  c' = sigmoid(f) c + sigmoid(i) tanh(g),  h' = sigmoid(
 GRU (gates r, z, n):      n = tanh(x_n + sigmoid(r) (h W_hn^T + b_hn)),  h' = (1 - sigmoid(z)) n + sigmoid(z) h
 RNN:                      h' = tanh or relu of x W_ih^T + b_ih + h W_hh^T + b_hh
 
-Engines. "small" (H <= 128) keeps W_hh and h of a batch tile in one program for all time steps. "persistent" (H <= 1024)
-spreads a batch tile over several programs that hold a slice of W_hh each and meet at a barrier every step. "step" runs
-a GEMM and one fused kernel per time step, for any H. "torch" is stock PyTorch. All directions run in one launch; rows
-of different lengths are masked inside it; the input product and the weight gradients are one GEMM each.
+Engines. "small" (H <= 128, less for some dtypes and GPUs) keeps W_hh and h of a batch tile in one program for all time
+steps. "persistent" (H <= 1024, where the GPU can hold it) spreads a batch tile over several programs that hold a slice
+of W_hh each and meet at a barrier every step. "step" runs a GEMM and one fused kernel per time step, for any H. "torch"
+is stock PyTorch. All directions run in one launch; rows of different lengths are masked inside it; the input product
+and the weight gradients are one GEMM each.
 
 fp16, bf16 and fp32, accumulated in fp32, c and its gradient kept in fp32 from the first step to the last. fp32 products
 are rounded to TF32 where `torch.backends.cudnn.rnn` allows it; where not, "small" and "persistent" refuse H > 32. fp64

@@ -169,7 +169,7 @@ def lstm_cell(
         w_hh: (4H, H).
         b_ih: (4H) or None.
         b_hh: (4H) or None.
-        impl: "auto" (stock until a measurement says otherwise), "triton" or "torch".
+        impl: "auto" (stock PyTorch: its table has no other row yet), "triton" or "torch".
 
     Returns:
         (h', c'), each (B, H).
