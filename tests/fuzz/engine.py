@@ -135,10 +135,15 @@ def outcome(
         grads: list[Tensor | None]
         if ends and leaves:
             generator = torch.Generator().manual_seed(1)
-            if exact:
-                seeds = [torch.randint(-2, 3, x.shape, generator=generator).to(x.dtype) for x in ends]
-            else:
-                seeds = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in ends]
+
+            def drawn(x: Tensor) -> Tensor:
+                if exact:
+                    return torch.randint(-2, 3, x.shape, generator=generator).to(x.dtype)
+                return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+
+            # for every result, as not all ways to compute the same let the same results require gradients
+            upstream = [drawn(x) for x in results if x is not None and x.is_floating_point()]
+            seeds = [u for u, x in zip(upstream, filter(_real, results), strict=True) if x.requires_grad]
             grads = list(torch.autograd.grad(ends, leaves, seeds, allow_unused=True))
         else:
             grads = [None] * len(leaves)
