@@ -1,5 +1,12 @@
 """A few random calls of every public op and module, always the same ones; `make fuzz` runs as many as you like."""
 
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -27,6 +34,35 @@ def test_numbers_of_the_command_are_positive(option, wrong, capsys):
         main([option, wrong])
     assert stop.value.code == 2
     assert f"argument {option}: expected a whole number" in capsys.readouterr().err
+
+
+def test_a_damaged_record_is_named_and_left_alone(tmp_path, capsys):
+    state = tmp_path / "state.json"
+    state.write_text('{"a')
+    assert main(["conv2d", "--state", str(state)]) == 2
+    assert f"{state} is no record of an earlier run" in capsys.readouterr().err
+    assert state.read_text() == '{"a'
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are looked up in Linux's /proc")
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_run_that_is_stopped_leaves_no_process_behind(stop, tmp_path):
+    command = ["-m", "tests.fuzz", "conv2d", "--examples", "100000", "--jobs", "2", "--state", str(tmp_path / "s.json")]
+    run = subprocess.Popen([sys.executable, *command], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE)
+    run.stdout.readline()  # of the first chunk
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert len(children) >= 2
+    run.send_signal(stop)
+    run.wait(30)
+    if stop == signal.SIGINT:
+        assert run.returncode == 130
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert record["conv2d"]
 
 
 def test_a_result_that_vanishes_may_be_off_by_a_rounding_of_its_terms():

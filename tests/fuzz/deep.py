@@ -11,15 +11,29 @@ import fnmatch
 import json
 import os
 import re
+import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import tests.interpreter  # noqa: F401  what its import does
 
 CHUNK = 250
 Done = dict[str, dict[str, dict[str, int]]]  # property -> seed of a chunk -> how its cases ended
+
+
+def follow_parent() -> None:
+    """End this process with the one that started it, in the middle of a chunk too."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def chunk(name: str, seed: int, examples: int) -> tuple[dict[str, int], str]:
@@ -73,14 +87,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def fuzz(names: list[str], examples: int, jobs: int, state: Path) -> int:
     """Run what is missing of each property; returns the exit status."""
-    done: Done = json.loads(state.read_text()) if state.exists() else {}
+    try:
+        done: Done = json.loads(state.read_text()) if state.exists() else {}
+    except (OSError, ValueError) as error:
+        print(f"{state} is no record of an earlier run, delete it to begin anew: {error}", file=sys.stderr)
+        return 2
     size = min(CHUNK, examples)
     seeds = range(-(-examples // size))
     wanted = [(n, seed) for seed in seeds for n in names if str(seed) not in done.get(n, {})]
     failures: dict[str, str] = {}
     started = time.monotonic()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(chunk, name, seed, size): (name, seed) for name, seed in wanted}
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=follow_parent)
+    running = {pool.submit(chunk, name, seed, size): (name, seed) for name, seed in wanted}
+    try:
         for count, future in enumerate(as_completed(running), 1):
             name, seed = running[future]
             ends, failure = future.result()
@@ -89,10 +108,16 @@ def fuzz(names: list[str], examples: int, jobs: int, state: Path) -> int:
                 print(failure, flush=True)
             else:
                 done.setdefault(name, {})[str(seed)] = ends
-                state.parent.mkdir(parents=True, exist_ok=True)
-                state.write_text(json.dumps(done))
+                write(state, json.dumps(done))
             what = "FAILED" if failure else ", ".join(f"{n} {end}" for end, n in sorted(ends.items()))
             print(f"[{count}/{len(wanted)} {time.monotonic() - started:.0f} s] {name} seed {seed}: {what}", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here")
+        return 130
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in active_children():
+            process.terminate()
     for name in names:
         ends = done.get(name, {}).values()
         total = {end: sum(e.get(end, 0) for e in ends) for end in ("same", "error", "refused")}
@@ -100,3 +125,11 @@ def fuzz(names: list[str], examples: int, jobs: int, state: Path) -> int:
     if failures:
         print(f"failed: {', '.join(failures)}")
     return 1 if failures else 0
+
+
+def write(state: Path, text: str) -> None:
+    """Whole or not at all."""
+    state.parent.mkdir(parents=True, exist_ok=True)
+    draft = state.with_name(state.name + ".part")
+    draft.write_text(text)
+    os.replace(draft, state)
