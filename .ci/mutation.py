@@ -76,7 +76,7 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fastops/nn/rnn_sequences.py": ((), (RNN, "tests/test_rnn_modules.py::test_bad_lengths")),
     "fastops/nn/sequential.py": (
         ("groups", "why_not_plain", "why_not_its_class", "why_no_relu", "why_no_pool"),
-        ("tests/test_accelerate_sequential.py",),
+        ("tests/test_accelerate_sequential.py", "tests/test_accelerate.py"),
     ),
     "fastops/nn/attention.py": (
         (

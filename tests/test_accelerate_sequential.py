@@ -86,9 +86,15 @@ class OwnReLU(nn.ReLU):
         (lambda: [parametrizations.spectral_norm(nn.Conv2d(2, 2, 1)), nn.ReLU()], "it is parametrized"),
         (lambda: [hooked(nn.Conv2d(2, 2, 1)), nn.ReLU()], "a hook wants to see Conv2d alone"),
         (lambda: [nn.Conv2d(2, 2, 1), hooked(nn.ReLU())], "a hook wants to see ReLU alone"),
+        (lambda: [forward_replaced(nn.Conv2d(2, 2, 1)), nn.ReLU()], "its forward was replaced on the instance"),
+        (lambda: [compiled(nn.Conv2d(2, 2, 1)), nn.ReLU()], "it is compiled on its own"),
+        (lambda: [nn.utils.spectral_norm(nn.Conv2d(2, 2, 1)), nn.ReLU()], "recomputes its weight (SpectralNorm)"),
         (lambda: [nn.ConvTranspose2d(2, 2, 1), nn.ReLU()], None),
     ],
-    ids=["batch norm", "leaky", "relu6", "last", "own relu", "parametrized", "hooked", "hooked relu", "transposed"],
+    ids=[
+        *("batch norm", "leaky", "relu6", "last", "own relu", "parametrized", "hooked", "hooked relu"),
+        *("forward", "compiled", "old norm", "transposed"),
+    ],
 )
 def test_what_stays_and_why(kernels, layers, reason):
     model = block(*layers()).eval()
@@ -102,6 +108,17 @@ def test_what_stays_and_why(kernels, layers, reason):
     expected = model(x)
     assert torch.equal(fastops.accelerate(model)(x), expected)
     assert kernels == []
+
+
+def forward_replaced(module):
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
+    return module
+
+
+def compiled(module):
+    module.compile(backend="eager")
+    return module
 
 
 def hooked(module):
@@ -123,6 +140,12 @@ def test_pools_that_stay_apart(kernels, pool, reason):
     (row,) = fastops.explain(model)
     assert row.kind == "Conv2d + ReLU"
     assert (reason or "") in row.reason
+
+
+@pytest.mark.parametrize("dilation", [1, (1, 1)])
+def test_a_dilation_of_one_in_any_form(kernels, dilation):
+    model = block(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.MaxPool2d(2, dilation=dilation))
+    check(model, torch.randn(1, 1, 5, 5), kernels, ["Conv2d+ReLU+MaxPool2d"])
 
 
 def test_pool_that_returns_indices(kernels):

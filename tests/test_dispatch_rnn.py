@@ -251,8 +251,21 @@ def test_a_module_asks_the_table_for_its_first_two_layers(gpu, monkeypatch, batc
     asked.clear()
     assert module._wins(pack_padded_sequence(torch.zeros(7, 2, 8), [7, 3]), False)
     assert asked[0] == ((7, 2, 8), True)
-    monkeypatch.setattr(rnn_modules.ops, "choose", lambda *_: "torch")
+    asked.clear()
+    assert module._wins(pack_padded_sequence(torch.zeros(7, 3, 8), [7, 1, 1]), False)
+    assert asked[0] == ((7, 3, 8), True)
+    calls = []
+    monkeypatch.setattr(rnn_modules.ops, "choose", lambda *given: [calls.append(given), "torch"][1])
     assert not module._wins(x, False)
+    assert [len(call[4]) for call in calls] == [1, 1]
+    calls.clear()
+    both = fastops.nn.LSTM(8, 16, num_layers=3, batch_first=batch_first, bidirectional=True, device="meta")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # torch.autocast needs a GPU
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    assert not both._wins(x, False)
+    assert [(call[1].shape[-1], len(call[4]), call[1].dtype) for call in calls] == [
+        (8, 2, torch.bfloat16), (32, 2, torch.bfloat16),
+    ]  # fmt: skip
 
 
 def test_which_engine_a_recurrent_module_takes(gpu, monkeypatch):
