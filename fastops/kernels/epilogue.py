@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from fastops.kernels._common import relu
-from fastops.kernels.conv2d_layout import is_channels_last, new_maps, output_size
+from fastops.kernels.conv2d_layout import is_channels_last, memory_format, new_maps, output_size
 
 DEAD = tl.constexpr(255)  # max_pool2d windows have at most 255 positions: 0..254
 # tile (pixels, channels), with its long side along the axis that is contiguous in memory
@@ -31,7 +31,7 @@ PARTIAL_ROWS = 2048  # rows of partial bias gradients at most: 15 programs for e
 
 
 @triton.jit
-def _tile(K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _tile(K, BLOCK_N: tl.constexpr):
     """First pixel tile and channels of a program, of programs numbered channels first."""
     blocks_n = tl.cdiv(K, BLOCK_N)
     k = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -53,7 +53,7 @@ def bias_relu_kernel(
     N, K, PQ,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tile, k = _tile(K, BLOCK_M, BLOCK_N)
+    tile, k = _tile(K, BLOCK_N)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = (m < N * PQ)[:, None] & (k < K)[None, :]
     offsets = _offsets(m // PQ, stride_yn, m % PQ, stride_ym, k, stride_yk)
@@ -72,7 +72,7 @@ def relu_backward_kernel(
     N, K, PQ, tiles,
     WANT_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row, k = _tile(K, BLOCK_M, BLOCK_N)
+    row, k = _tile(K, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile in range(0, tiles):
         m = (row * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -99,7 +99,7 @@ def bias_relu_pool_kernel(
     HAS_BIAS: tl.constexpr, WANT_CODES: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tile, k = _tile(K, BLOCK_M, BLOCK_N)
+    tile, k = _tile(K, BLOCK_N)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     image = m // (U * V)
     p = ((m // V) % U) * STRIDE_H - PAD_H
@@ -142,7 +142,7 @@ def relu_pool_backward_kernel(
 ):  # fmt: skip
     ACROSS: tl.constexpr = (POOL_W + STRIDE_W - 1) // STRIDE_W  # windows that cover a pixel, at most, along a row
     COVER: tl.constexpr = ((POOL_H + STRIDE_H - 1) // STRIDE_H) * ACROSS
-    row, k = _tile(K, BLOCK_M, BLOCK_N)
+    row, k = _tile(K, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile in range(0, tiles):
         m = (row * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -172,7 +172,7 @@ def relu_pool_backward_kernel(
 def bias_relu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """relu(x + bias) of (N, K, P, Q) maps."""
     x = _dense(x)
-    y = new_maps(x, x.shape, _format(x), x.dtype)
+    y = new_maps(x, x.shape, memory_format(x), x.dtype)
     if y.numel():
         block_m, block_n = _blocks(y, BLOCKS)
         n, k, pq, strides = _as_pixels(y)
@@ -186,8 +186,8 @@ def bias_relu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 def bias_relu_backward(grad: torch.Tensor, y: torch.Tensor, want_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x and bias, given y = relu(x + bias); the second is empty where it is not wanted."""
     y = _dense(y)
-    grad = grad.contiguous(memory_format=_format(y))
-    dx = new_maps(y, y.shape, _format(y), y.dtype)
+    grad = grad.contiguous(memory_format=memory_format(y))
+    dx = new_maps(y, y.shape, memory_format(y), y.dtype)
     block_m, block_n = _blocks(y, BLOCKS)
     n, k, pq, strides = _as_pixels(y)
     rows, tiles = partial_rows(n * pq, block_m)
@@ -209,8 +209,8 @@ def bias_relu_pool(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """max_pool2d(relu(x + bias)) and, where they are wanted, its codes (else an empty tensor)."""
     size = (*x.shape[:2], *output_size(x.shape[2:], pool, stride, padding))
-    z = new_maps(x, size, _format(x), x.dtype)
-    codes = new_maps(x, size, _format(x), torch.uint8) if want_codes else x.new_empty((0,), dtype=torch.uint8)
+    z = new_maps(x, size, memory_format(x), x.dtype)
+    codes = new_maps(x, size, memory_format(x), torch.uint8) if want_codes else x.new_empty((0,), dtype=torch.uint8)
     if z.numel():
         block_m, block_n = _blocks(z, POOL_BLOCKS)
         n, k, uv, strides = _as_pixels(z)
@@ -232,8 +232,8 @@ def bias_relu_pool_backward(
     want_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x, of height and width `size`, and of the bias; the second is empty where it is not wanted."""
-    grad = grad.contiguous(memory_format=_format(codes))
-    dx = new_maps(grad, (*grad.shape[:2], *size), _format(codes), grad.dtype)
+    grad = grad.contiguous(memory_format=memory_format(codes))
+    dx = new_maps(grad, (*grad.shape[:2], *size), memory_format(codes), grad.dtype)
     block_m, block_n = _blocks(dx, POOL_BLOCKS)
     n, k, pq, strides = _as_pixels(dx)
     rows, tiles = partial_rows(n * pq, block_m)
@@ -248,12 +248,8 @@ def bias_relu_pool_backward(
     return dx, _bias_gradient(partial, grad.dtype, want_bias)
 
 
-def _format(maps: torch.Tensor) -> torch.memory_format:
-    return torch.channels_last if is_channels_last(maps) else torch.contiguous_format
-
-
 def _dense(maps: torch.Tensor) -> torch.Tensor:
-    return maps.contiguous(memory_format=_format(maps))
+    return maps.contiguous(memory_format=memory_format(maps))
 
 
 def _vector(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -264,7 +260,7 @@ def _vector(bias: torch.Tensor | None) -> torch.Tensor | None:
 def _as_pixels(maps: torch.Tensor) -> tuple[int, int, int, tuple[int, int, int]]:
     """N, K, P Q of dense maps, and the strides of these three axes."""
     n, k, p, q = maps.shape
-    strides = (p * q * k, 1, k) if _format(maps) == torch.channels_last else (k * p * q, p * q, 1)
+    strides = (p * q * k, 1, k) if memory_format(maps) == torch.channels_last else (k * p * q, p * q, 1)
     return n, k, p * q, strides
 
 
