@@ -33,7 +33,8 @@ def errors_of(device: torch.device) -> Tensor:
     """
     words = _errors.get(device)
     if words is None:
-        words = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
+        with torch.inference_mode(False):  # made inside of it they could not be written to outside
+            words = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
         _errors[device] = words
     barrier, row = words.tolist()
     if barrier or row:
