@@ -225,6 +225,54 @@ def test_apply_leaves_the_model_as_it_was(accelerated_before):
     assert ([type(part) for part in model.modules()], list(model.state_dict())) == before
 
 
+NET = """
+import torch
+class Net(torch.nn.Module):
+    calls = 0
+    def __init__(self):
+        super().__init__()
+        self.picture, self.rest = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()), torch.nn.LSTM(6, 5)
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 9:
+            raise KeyboardInterrupt
+        return self.rest(self.picture(x)[0])
+"""
+
+
+def test_ctrl_c_while_before_and_after_are_measured_keeps_the_profile(profile, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "interrupted.py").write_text(NET)  # after one call to try and five in the profile
+    arguments = ("--model", "interrupted:Net", "--input", "1x3x8x8", "--steps", 1, "--warmup", 1, "--apply")
+    code, out, err = profile(*arguments, "--json", tmp_path / "p.json")
+    assert code == 130
+    assert "interrupted; the report has the profile, without --apply\n" in err
+    assert "modules" in out
+    assert "--apply: interrupted" in out
+    assert json.loads((tmp_path / "p.json").read_text())["modules"]
+
+
+def test_ctrl_c_in_a_script_while_before_and_after_are_measured(profile, tmp_path, monkeypatch):
+    """The report stands, and of the model stays accelerated what the script had accelerated itself."""
+    kept = []
+    monkeypatch.setattr(torch, "kept", kept, raising=False)
+    script = f"""{NET}
+import fastops
+model = fastops.accelerate(Net(), only="rnn")
+torch.kept.append(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+while True:
+    model(torch.randn(1, 3, 8, 8))[0].mean().backward()
+    optimizer.step()
+"""
+    code, out, err = profile("--steps", 1, "--warmup", 1, "--apply", write(tmp_path, script))
+    assert code == 130
+    assert "interrupted; the report covers what ran\n" in err
+    assert "before enough steps could be compared for --apply" in out
+    assert type(kept[0].rest) is fastops.nn.LSTM
+    assert type(kept[0].picture) is torch.nn.Sequential
+
+
 def test_apply_says_where_there_is_nothing_to_apply(profile, tmp_path):
     code, out, _ = profile("--steps", 1, "--warmup", 1, "--apply", write(tmp_path, SCRIPT), 9)
     assert code == 0

@@ -116,8 +116,14 @@ def _run(options: argparse.Namespace) -> int:
                     step()
         except KeyboardInterrupt:
             code = 130
+            print(script.INTERRUPTED, file=sys.stderr)
         if options.apply and not code:
-            _apply(profiler, model, step)
+            try:
+                _apply(profiler, model, step)
+            except KeyboardInterrupt:  # the profile is complete, only the comparison is not
+                code = 130
+                profiler.recorder.notes.append("--apply: interrupted before the step was measured before and after")
+                print("interrupted; the report has the profile, without --apply", file=sys.stderr)
     try:
         return _report(profiler, options, code)
     finally:

@@ -20,6 +20,8 @@ import torch
 from fastops.profiling import profile
 from fastops.profiling.capture import synchronize
 
+INTERRUPTED = "interrupted; the report covers what ran"
+
 
 class BadRequest(ValueError):
     """What the user asked for cannot be done; the message is for them."""
@@ -58,7 +60,7 @@ def run_script(
             print(stop.code, file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
-        print("interrupted; the report covers what ran", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
     except BaseException as error:
         code = 1
         traceback.print_exception(type(error), error, _of_the_script(error))
@@ -141,12 +143,9 @@ class Alternation:
 
     def finish(self) -> None:
         """Restore the model and hand the comparison to the profile."""
-        import fastops
         from fastops.profiling.paired import from_pairs
 
-        if self.accelerated:
-            for root in self.profiler.recorder.ranges.roots:
-                fastops.restore(root)
+        self.switch(False)
         notes = self.profiler.recorder.notes
         if not self.changes or not would_change(self.profiler.recorder.ranges.roots):
             notes.append(NOTHING_TO_APPLY)
