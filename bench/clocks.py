@@ -87,6 +87,56 @@ class EventTimed:
         return sum(start.elapsed_time(end) for start, end in events) / launches / 1e3
 
 
+class Capture(torch.cuda.graph):
+    """torch.cuda.graph, of which a capture that fails leaves nothing behind.
+
+    torch's own leaves its stream the current one, the allocator in the capture's pool and, before PyTorch 2.12, the
+    default generator in capture mode, so that whatever draws random numbers afterwards raises.
+    """
+
+    _before: torch.cuda.Stream
+    _device: int
+
+    def __init__(self, cuda_graph: torch.cuda.CUDAGraph, pool: Any = None, *arguments: Any, **options: Any):
+        super().__init__(cuda_graph, torch.cuda.graph_pool_handle() if pool is None else pool, *arguments, **options)
+
+    def __enter__(self) -> None:
+        self._before, self._device = torch.cuda.current_stream(), torch.cuda.current_device()
+        try:
+            super().__enter__()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            super().__exit__(*error)
+        except BaseException as spoiled:
+            self._abandon()
+            if error[0] is None or not isinstance(spoiled, Exception):
+                raise  # else the error of the step goes on, which says more
+
+    def _abandon(self) -> None:
+        torch.cuda.set_stream(self._before)
+        try:
+            torch._C._cuda_endAllocateToPool(self._device, *self.pool)
+        except RuntimeError:
+            pass  # torch came as far as that itself, and its graph will release the pool
+        else:
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_releasePool(self._device, *self.pool)
+        # only a capture that succeeds brings the generator back; where not even this one does, the context is gone
+        with contextlib.suppress(Exception), warnings_off():
+            try:
+                with _TorchsCapture(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream()):
+                    torch.zeros(1, device="cuda")
+            finally:
+                torch.cuda.set_stream(self._before)
+
+
+_TorchsCapture = Capture.__mro__[1]  # tests put Capture in the place of torch.cuda.graph
+
+
 class GraphTimed:
     """Replays of one CUDA graph that holds a step per input set."""
 
@@ -102,7 +152,7 @@ class GraphTimed:
                     step()
             torch.cuda.synchronize()
             # outputs are kept, so that each step writes memory that the one before it did not leave in the cache
-            with no_garbage_collection(), torch.cuda.graph(self.graph, stream=stream):
+            with no_garbage_collection(), Capture(self.graph, stream=stream):
                 self.outputs = [step() for step in steps]
             self.graph.replay()
             torch.cuda.synchronize()

@@ -2,21 +2,28 @@
 
 import importlib.util
 import os
+import re
+import time
 
 import torch
 
 GPU = torch.cuda.is_available()
 # without triton, or as `make matrix` asks for it, what a machine without kernels does is tested
 KERNELS = importlib.util.find_spec("triton") is not None and os.environ.get("FASTOPS_TEST_KERNELS", "1") != "0"
-if not GPU:
-    if KERNELS:
-        os.environ["TRITON_INTERPRET"] = "1"
+if not GPU and KERNELS:
+    os.environ["TRITON_INTERPRET"] = "1"
+if not GPU or "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the suite runs on all cores already, one test process each
 
 import pytest
 
 import tests.interpreter  # noqa: F401  what its import does
 from fastops import _env
+
+if GPU:
+    from bench.clocks import Capture
+
+    torch.cuda.graph = Capture  # a capture that fails spoils no test after it
 
 
 @pytest.hookimpl(trylast=True)
@@ -26,8 +33,26 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
-    elif config.option.markexpr == "gpu":
+    elif re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         items[:] = in_turns(items)
+
+
+# time.time() after which no test begins, so that a run ends by itself and says what failed
+UNTIL = float(os.environ.get("FASTOPS_TESTS_UNTIL", "inf"))
+OUT_OF_TIME = "out of time"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if time.time() > UNTIL:
+        pytest.skip(OUT_OF_TIME)
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])
+    late = sum(isinstance(x.longrepr, tuple) and x.longrepr[2].endswith(OUT_OF_TIME) for x in skipped)
+    if late:
+        terminalreporter.write_line(f"not reached, {OUT_OF_TIME}: {late}")
 
 
 def in_turns(items):

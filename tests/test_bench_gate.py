@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import gate, stats
+from bench import clocks, gate, stats
 from bench.case import Case, Unavailable
 from bench.verdict import judge
 from tests import bench_workload as toy
@@ -160,6 +160,7 @@ def test_faster_than_the_machine_is_impossible(monkeypatch, seconds, verdict):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 class TestOnGpu:
     def run(self, *arms, **options):
         device = torch.device("cuda")
@@ -199,6 +200,8 @@ class TestOnGpu:
         row = self.run(ours("synchronises", synchronises))
         assert row["clock"] == "cuda-event"
         assert all(p["median_s"] > 0 for p in row["providers"].values())
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        torch.randn(1, device="cuda")  # raises while the generator is in capture mode
 
     def test_faster_than_the_machine_is_impossible(self):
         kept = {}
@@ -211,3 +214,91 @@ class TestOnGpu:
 
         row = self.run(ours("remembers", remembers), clock="device")
         assert row["verdict"] in (stats.WRONG, stats.IMPOSSIBLE)
+
+
+class FailingCapture:
+    """torch.cuda.graph on a machine without a GPU: what its parts do is recorded, and each may fail."""
+
+    def __init__(self, monkeypatch):
+        self.done, self.fails = [], set()
+        set_attribute = monkeypatch.setattr
+        for name in ("synchronize", "empty_cache"):
+            set_attribute(torch.cuda, name, lambda: None)
+        set_attribute(torch.cuda, "CUDAGraph", lambda: "graph")
+        set_attribute(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+        set_attribute(torch.cuda, "current_device", lambda: 1)
+        set_attribute(torch.cuda, "Stream", lambda: "new stream")
+        set_attribute(torch.cuda, "current_stream", lambda: "old stream")
+        set_attribute(torch.cuda, "set_stream", lambda stream: self.did("set", stream))
+        set_attribute(torch._C, "_cuda_endAllocateToPool", lambda *pool: self.did("end", *pool), raising=False)
+        set_attribute(torch._C, "_cuda_releasePool", lambda *pool: self.did("release", *pool), raising=False)
+        set_attribute(torch, "zeros", lambda *size, device: None)
+        set_attribute(
+            clocks._TorchsCapture, "__init__", lambda capture, graph, pool=None, **more: self.init(capture, pool)
+        )
+        set_attribute(clocks._TorchsCapture, "__enter__", lambda capture: self.did("begin", *capture.pool))
+        set_attribute(clocks._TorchsCapture, "__exit__", lambda capture, *error: self.did("finish", *capture.pool))
+
+    @staticmethod
+    def init(capture, pool):
+        capture.pool = () if pool is None else (pool,)
+
+    def did(self, what, *arguments):
+        self.done.append((what, *arguments))
+        if what in self.fails:
+            self.fails.remove(what)
+            raise RuntimeError(f"{what} failed")
+
+    def capture(self, body=lambda: None):
+        with clocks.Capture("graph", stream="side stream"):
+            body()
+
+
+POOL = (0, 7)
+BACK = [("set", "old stream"), ("end", 1, POOL), ("release", 1, POOL), ("begin",), ("finish",), ("set", "old stream")]
+
+
+def test_a_capture_that_succeeds_has_a_pool_of_its_own_and_is_left_to_torch(monkeypatch):
+    made = FailingCapture(monkeypatch)
+    made.capture()
+    assert made.done == [("begin", POOL), ("finish", POOL)]
+
+
+@pytest.mark.parametrize("where", ["begin", "finish"])
+def test_a_capture_that_fails_leaves_nothing_behind(monkeypatch, where):
+    """Not its stream, its memory pool or the generator in capture mode; that one needs a capture that succeeds."""
+    made = FailingCapture(monkeypatch)
+    made.fails = {where}
+    with pytest.raises(RuntimeError, match=f"{where} failed"):
+        made.capture()
+    began = [("begin", POOL), ("finish", POOL)][: 1 if where == "begin" else 2]
+    assert made.done == began + BACK
+
+
+def test_of_a_spoiled_capture_the_step_says_why(monkeypatch):
+    made = FailingCapture(monkeypatch)
+    made.fails = {"finish"}
+
+    def body():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        made.capture(body)
+    assert made.done[2:] == BACK
+    made.done.clear()
+    with pytest.raises(ZeroDivisionError):
+        made.capture(body)  # an error of the step alone: the capture ended well
+    assert made.done == [("begin", POOL), ("finish", POOL)]
+
+
+def test_a_pool_that_the_graph_still_holds_is_not_released(monkeypatch):
+    made = FailingCapture(monkeypatch)
+    made.fails = {"finish", "end"}  # torch took the allocator out of the pool, and failed after that
+    with pytest.raises(RuntimeError, match="finish failed"):
+        made.capture()
+    assert "release" not in [what for what, *_ in made.done]
+    made.done.clear()
+    made.fails = {"finish", "release"}
+    with pytest.raises(RuntimeError, match="finish failed"):
+        made.capture()
+    assert made.done[2:] == BACK

@@ -263,6 +263,7 @@ def test_kernel_times_are_those_of_the_profiler_itself(profilers, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_event_times_agree_with_kernel_times(monkeypatch, device):
     """Long kernels leave no pauses, so the fallback must find nearly the same."""
     model = torch.nn.Sequential(nn.Conv2d(64, 256, 3), nn.ReLU(inplace=True), nn.Conv2d(256, 64, 3)).to(device)
