@@ -8,12 +8,18 @@ Schema 1: {"schema": 1, "env": {...}, "rows": [{"case", "op", "name", "mode", "d
 from __future__ import annotations
 
 import json
+import math
 import os
+import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench import stats
+
 SCHEMA = 1
+RATED = (stats.FASTER, stats.SAME, stats.SLOWER, stats.UNCLEAR)  # the verdicts that come from a ratio
 Row = dict[str, Any]
 
 
@@ -81,7 +87,69 @@ def read(path: str | Path) -> dict[str, Any]:
         missing = {"case", "op", "mode", "dtype", "providers", "verdict"} - set(row if isinstance(row, dict) else ())
         if missing:
             raise Unreadable(f"{path}: row {index} lacks {', '.join(sorted(missing))}")
+        problem = _damage(row)
+        if problem:
+            raise Unreadable(f"{path}: row {index}: {problem}")
+    counts = Counter(row["case"] for row in document["rows"])
+    twice = [case for case, count in counts.items() if count > 1]
+    if twice:  # which of the two counts, nobody could say
+        raise Unreadable(f"{path}: more than one row of {', '.join(twice)}")
     return document
+
+
+def _damage(row: Row) -> str | None:
+    """What is wrong with a row that has all its keys: what reads it later relies on all that is asked here."""
+    for key in ("case", "op", "name", "mode", "dtype"):
+        if not isinstance(row.get(key, ""), str):
+            return f"{key} is {_short(row[key])}, not a text"
+    verdict, providers = row["verdict"], row["providers"]
+    if verdict not in (*stats.VERDICTS, stats.GATE):
+        return f"verdict is {_short(verdict)}, none of this benchmark"
+    if not isinstance(providers, dict):
+        return f"providers is {_short(providers)}, not a table of arms"
+    for name, provider in providers.items():
+        problem = _damage_of_arm(provider)
+        if problem:
+            return f"arm {_short(name)}: {problem}"
+    noise = row.get("noise")
+    if noise and not (isinstance(noise, dict) and _is_number(noise.get("floor"))):
+        return f"noise is {_short(noise)}, without a floor"
+    versus = row.get("vs_best")
+    if versus is None:  # must not go past a gate on ratios as if there were none to judge
+        return f"vs_best is missing, and the verdict is {verdict}" if verdict in RATED else None
+    if not _is_ratio(versus):
+        return f"vs_best is {_short(versus)}, not a ratio with its interval"
+    for key in ("arm", "best"):
+        name = versus.get(key)
+        if not isinstance(name, str) or providers.get(name, {}).get("median_s") is None:
+            return f"vs_best names {_short(name)} as its {key}, which is no arm with a time"
+    return None
+
+
+def _damage_of_arm(provider: Any) -> str | None:
+    if not isinstance(provider, dict) or not isinstance(provider.get("role"), str):
+        return f"{_short(provider)} has no role"
+    for key in ("median_s", "cold_s", "tflops", "ceiling_pct", "peak_bytes"):
+        if provider.get(key) is not None and not _is_number(provider[key]):
+            return f"{key} is {_short(provider[key])}, not a number"
+    versus = provider.get("vs_best")
+    return (
+        None if versus is None or _is_ratio(versus) else f"vs_best is {_short(versus)}, not a ratio with its interval"
+    )
+
+
+def _is_ratio(value: Any) -> bool:
+    """A ratio with both ends of its interval, none of them 0: `compare` divides by them."""
+    return isinstance(value, dict) and all(_is_number(value.get(k)) and value[k] > 0 for k in ("ratio", "lo", "hi"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _short(value: Any) -> str:
+    """A damaged value, short enough for one line."""
+    return reprlib.repr(value)
 
 
 def timed_providers(row: Row, role: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -141,6 +141,39 @@ def test_foreign_and_broken_files(save, capsys, content, words):
         assert error.count("\n") == 1
 
 
+def damaged(**changes):
+    return {**row(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([damaged(vs_best="x")], "row 0: vs_best is 'x'"),
+        ([damaged(vs_best={"ratio": 1.2})], "row 0: vs_best is {'ratio': 1.2}"),
+        ([damaged(vs_best={**row()["vs_best"], "lo": 0})], "not a ratio with its interval"),
+        ([damaged(vs_best={**row()["vs_best"], "arm": "none"})], "names 'none' as its arm"),
+        ([row("op/y/fp16/infer"), damaged(vs_best=None, verdict="SAME")], "row 1: vs_best is missing"),
+        ([damaged(verdict=["SAME"])], "row 0: verdict is ['SAME']"),
+        ([damaged(case=["op"])], "row 0: case is ['op']"),
+        ([damaged(providers=[1, 2])], "row 0: providers is [1, 2]"),
+        ([damaged(providers={"fastops": 1})], "row 0: arm 'fastops': 1 has no role"),
+        ([damaged(providers={"fastops": provider(1.2) | {"median_s": "1"}})], "median_s is '1'"),
+        ([damaged(providers={"fastops": provider(1.2) | {"vs_best": 1.2}})], "arm 'fastops': vs_best is 1.2"),
+        ([damaged(noise=0.01)], "noise is 0.01"),
+        ([row(), row()], "more than one row of op/shape/fp16/infer"),
+    ],
+)
+def test_damaged_rows(save, capsys, tmp_path, rows, words):
+    good, bad = save("good.json", document(row())), save("bad.json", document(*rows))
+    for arguments in (["compare", bad], ["compare", good, bad], ["compare", bad, good], ["report", bad]):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert "bad.json" in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "bad.html").exists()
+
+
 def test_a_missing_file_and_a_binary_one(capsys, tmp_path):
     assert compare(str(tmp_path / "none.json")) == 2
     assert "No such file" in capsys.readouterr().err
