@@ -12,26 +12,27 @@ LENGTHS = [(1, 1), (1, 128), (63, 65), (113, 203), (239, 1), (256, 130)]
 HEAD_DIMS = [16, 24, 32, 40, 59, 64, 72, 96, 128, 160, 256]
 
 
-def hidden_and_bias(B, H, Sq, Sk, *, attn_mask, is_causal, key_lengths, query_lengths, window, alibi_slopes, dtype):
+def hidden_and_bias(q, Sk, *, attn_mask, is_causal, key_lengths, query_lengths, window, alibi_slopes):
     """What is hidden, and what is added to the scores: index arithmetic written apart from the library's."""
-    i = torch.arange(Sq).view(1, 1, Sq, 1)
-    j = torch.arange(Sk).view(1, 1, 1, Sk)
-    hidden = torch.zeros(B, H, Sq, Sk, dtype=torch.bool)
-    bias = torch.zeros(1, dtype=dtype)
+    B, H, Sq, _ = q.shape
+    i = torch.arange(Sq, device=q.device).view(1, 1, Sq, 1)
+    j = torch.arange(Sk, device=q.device).view(1, 1, 1, Sk)
+    hidden = torch.zeros(B, H, Sq, Sk, dtype=torch.bool, device=q.device)
+    bias = torch.zeros(1, dtype=q.dtype, device=q.device)
     if is_causal:
         hidden = hidden | (j > i)
     if window is not None:
         hidden = hidden | (j < i - window[0]) if window[0] not in (None, -1) else hidden
         hidden = hidden | (j > i + window[1]) if window[1] not in (None, -1) else hidden
     if key_lengths is not None:
-        hidden = hidden | (j >= key_lengths.cpu().view(B, 1, 1, 1))
+        hidden = hidden | (j >= key_lengths.to(q.device).view(B, 1, 1, 1))
     if query_lengths is not None:
-        hidden = hidden | (i >= query_lengths.cpu().view(B, 1, 1, 1))
+        hidden = hidden | (i >= query_lengths.to(q.device).view(B, 1, 1, 1))
     if alibi_slopes is not None:
-        bias = bias - alibi_slopes.cpu().to(dtype).view(-1, H, 1, 1) * (i - j).abs()
+        bias = bias - alibi_slopes.to(q).view(-1, H, 1, 1) * (i - j).abs()
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
-            hidden = hidden | ~attn_mask.cpu()
+            hidden = hidden | ~attn_mask.to(q.device)
         else:
             bias = bias + attn_mask
     return hidden, bias
@@ -42,8 +43,8 @@ def attention(q, k, v, g, grad_lse=None, *, softcap=0.0, scale=None, keep=None, 
     options.pop("enable_gqa", None)
     B, H, Sq, D = q.shape
     scale = D**-0.5 if scale is None else scale
-    keep = 1.0 if keep is None else keep.cpu().to(q.dtype) / (1 - dropout_p)
-    hidden, bias = hidden_and_bias(B, H, Sq, k.shape[2], dtype=q.dtype, **options)
+    keep = 1.0 if keep is None else keep.to(q) / (1 - dropout_p)
+    hidden, bias = hidden_and_bias(q, k.shape[2], **options)
     heads = [x.repeat_interleave(H // x.shape[1], 1) for x in (k, v)]
     scores, bend = (q * scale) @ heads[0].mT, 1.0
     if softcap:
@@ -86,11 +87,11 @@ def check(q, k, v, g, *, keep=None, grad_lse=None, mask_grad=False, **options):
     ours = [out, lse, *torch.autograd.grad(loss, leaves)]
     results = []
     for dtype in (q.dtype, torch.float64):
-        side = {**options, "attn_mask": mask.detach().cpu()} if mask is not None else dict(options)
+        side = {**options, "attn_mask": mask.detach()} if mask is not None else dict(options)
         if mask is not None and mask.dtype != torch.bool:
             side["attn_mask"] = side["attn_mask"].to(dtype)
-        lse_side = None if grad_lse is None else grad_lse.cpu().to(dtype)
-        found = attention(*(x.detach().cpu().to(dtype) for x in (q, k, v, g)), lse_side, keep=keep, **side)
+        lse_side = None if grad_lse is None else grad_lse.to(dtype)
+        found = attention(*(x.detach().to(dtype) for x in (q, k, v, g)), lse_side, keep=keep, **side)
         if mask_grad:
             found[5] = found[5].sum_to_size(mask.shape)
         results.append(found)
@@ -100,7 +101,7 @@ def check(q, k, v, g, *, keep=None, grad_lse=None, mask_grad=False, **options):
             rounding = 4 * q.shape[-1] * torch.finfo(torch.float32).eps * (g.abs().max() * v.abs().max())
             assert a.abs().max() <= rounding * max(q.abs().max(), k.abs().max()), name
         else:
-            assert_within_rule(a.cpu(), stock.to(a.dtype), truth, name)
+            assert_within_rule(a, stock.to(a.dtype), truth, name)
     return ours
 
 
