@@ -257,6 +257,10 @@ class TestCheckpoint:
             path.write_bytes(damaged)
             with pytest.raises(checkpoint.CheckpointError, match=r"c\.pt"):
                 checkpoint.load(path)
+        for content, reason in ((b"", "is empty$"), (b"it is text\n", "no checkpoint: [A-Z][A-Za-z]+Error")):
+            path.write_bytes(content)
+            with pytest.raises(checkpoint.CheckpointError, match=reason):
+                checkpoint.load(path)
         torch.save([1, 2], path)
         with pytest.raises(checkpoint.CheckpointError, match="was not written by"):
             checkpoint.load(path)
@@ -362,6 +366,8 @@ class TestCommandLine:
             (["alexnet", "--metrics", "/"], "--metrics /: is a folder"),
             (["alexnet", "--out", "/dev/null/runs"], "--out: cannot write into /dev/null/runs: "),
             (["lstm", "--fold", "1"], "--fold is of the digits"),
+            (["lstm", "--amp", "fp16", "--device", "cpu"], "trains no LSTM in fp16 on a CPU"),
+            (["lstm", "--amp", "fp16", "--device", "cpu", "--compare"], "trains no LSTM in fp16 on a CPU"),
             (["transformer", "--data", "table"], "needs --root"),
         ],
     )

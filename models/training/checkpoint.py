@@ -49,10 +49,13 @@ def load(path: str | Path) -> Checkpoint:
     file = Path(path)
     if not file.is_file():
         raise CheckpointError(f"checkpoint {file} is missing")
+    if file.stat().st_size == 0:
+        raise CheckpointError(f"checkpoint {file} is empty")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types here, down to pickle's and zipfile's own
-        summary = (str(error).splitlines() or [""])[0]
+        # a KeyError alone says "105"; after its first sentence torch advises what runs code
+        summary = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].split('. ')[0]}".rstrip(": ")
         raise CheckpointError(f"checkpoint {file} cannot be read, it is damaged or no checkpoint: {summary}") from error
     if not isinstance(content, dict) or "format" not in content or "model" not in content:
         raise CheckpointError(f"checkpoint {file} was not written by models.train")

@@ -53,7 +53,7 @@ def compare(options: Options) -> int:
     check_files(plot=options.plot)
     if options.plot:
         plots.require(options.plot)
-    device = choose_device(options.device)
+    device = choose_device(options)
     console = Console(highlight=False, soft_wrap=True)
     task = tasks.build(options)
     theirs = replace(task, model=copy.deepcopy(task.model))

@@ -35,7 +35,7 @@ def train(options: Options, given: set[str] | None = None) -> int:
     if options.plot:
         plots.require(options.plot)
     check_files(options.folder, metrics=options.metrics, plot=options.plot)
-    processes, device = distributed.join(choose_device(options.device))
+    processes, device = distributed.join(choose_device(options))
     try:
         return _train(options, state, processes, device)
     finally:
@@ -76,14 +76,21 @@ def resumed(options: Options, state: checkpoint.Checkpoint, given: set[str]) -> 
     return replace(options, **before)
 
 
-def choose_device(wanted: str | None) -> torch.device:
-    """The device of that name, or a GPU where there is one."""
+def choose_device(options: Options) -> torch.device:
+    """The device that is asked for, or a GPU where there is one.
+
+    Raises:
+        OptionError: there is none of that name here, or it cannot run what is asked for.
+    """
+    wanted = options.device
     if wanted is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
         raise OptionError(f"--device {wanted}: {str(error).splitlines()[0]}") from error
+    if device.type == "cpu" and options.model == "lstm" and options.amp == "fp16":  # the plain RNN trains there
+        raise OptionError("--amp fp16: PyTorch trains no LSTM in fp16 on a CPU; take --amp bf16, or a GPU")
     if device.type == "meta":
         raise OptionError("--device meta: its tensors hold no numbers to train")
     if device.type == "cuda" and not torch.cuda.is_available():
