@@ -102,6 +102,31 @@ def test_resume_refuses_another_machine(toys, tmp_path, capsys):
     assert run("--resume") == 2
 
 
+@pytest.mark.parametrize("content", ['{"name": "package"}', "notes, not JSON", '{"schema": 1, "rows": [], "env": 1}'])
+def test_a_file_of_another_kind_is_not_overwritten(toys, tmp_path, capsys, content):
+    path = tmp_path / "r.json"
+    path.write_text(content)
+    assert run("--json", "r.json") == 2
+    seen = capsys.readouterr()
+    assert "--json: r.json: " in seen.err
+    assert seen.err.count("\n") == 1
+    assert seen.out == ""
+    assert path.read_text() == content
+
+
+def test_a_device_is_not_replaced_by_a_file(toys, tmp_path, capsys):
+    (tmp_path / "r.json").symlink_to("/dev/null")
+    assert run("--json", "r.json") == 2
+    assert "r.json is no ordinary file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [json.dumps(document(rows=1)), ""])
+def test_an_older_result_or_an_empty_file_is_overwritten(toys, tmp_path, content):
+    (tmp_path / "r.json").write_text(content)
+    assert run("-k", "one", "--json", "r.json") == 0
+    assert [row["case"] for row in results.read(tmp_path / "r.json")["rows"]] == [TOYS[0].id]
+
+
 def test_rows_are_on_disk_as_they_come(toys, tmp_path, monkeypatch):
     seen = []
 

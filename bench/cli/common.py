@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from bench.results import Unreadable, read
+
 EXIT_CANNOT = 2
 
 
@@ -54,6 +56,23 @@ def check_place(option: str, path: Path) -> None:
             pass
     except OSError as error:
         raise CannotError(f"{option}: cannot write into {path.parent}: {error.strerror}") from error
+
+
+def check_results(option: str, path: Path) -> None:
+    """Refuse to write results over a file of another kind: it would be gone without a word.
+
+    Raises:
+        CannotError: the file is there, and is neither a result of this benchmark nor empty.
+    """
+    if not path.exists():
+        return
+    if not path.is_file():  # a device or a pipe: reading it may never end, and it would be replaced by a file
+        raise CannotError(f"{option}: {path} is no ordinary file")
+    try:
+        if path.stat().st_size:
+            read(path)
+    except Unreadable as error:
+        raise CannotError(f"{option}: {error}; it is left as it is, give another name") from error
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> CannotError:

@@ -82,6 +82,8 @@ def _run(arguments: argparse.Namespace) -> int:
     for option, place in (("--json", path), ("--html", arguments.html)):
         if place is not None:
             common.check_place(option, place)
+    if not arguments.resume:  # which reads the file itself, and needs it whole
+        common.check_results("--json", path)
     budget = arguments.budget or (CPU_SUITE_S if suite == "cpu" else None)
     table.header(console, environment.record(device), options.ceilings)
     if device.type == "cpu":
