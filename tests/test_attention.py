@@ -41,7 +41,7 @@ def hidden_and_bias(q, Sk, *, attn_mask, is_causal, key_lengths, query_lengths, 
 def attention(q, k, v, g, grad_lse=None, *, softcap=0.0, scale=None, keep=None, dropout_p=0.0, **options):
     """Output, LSE, dQ, dK, dV and dS in the dtype of q, every step rounded to it: the textbook's formulas."""
     options.pop("enable_gqa", None)
-    B, H, Sq, D = q.shape
+    B, H, _, D = q.shape
     scale = D**-0.5 if scale is None else scale
     keep = 1.0 if keep is None else keep.to(q) / (1 - dropout_p)
     hidden, bias = hidden_and_bias(q, k.shape[2], **options)
