@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,24 @@ def machine(device: torch.device) -> str:
     """One name for the device that was measured."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return in_words(f"{cpu_name()}, {torch.get_num_threads()} threads")
+
+
+def in_words(name: Any) -> Any:
+    """The name of a machine as it is written today: older result files say "1 threads", and mean the same machine."""
+    return re.sub(r", 1 threads$", ", 1 thread", name) if isinstance(name, str) else name
+
+
+def keep_commands(env: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Note in the environment of a resumed run the commands that measured the rows it found, oldest first."""
+    known = earlier.get("earlier_argv")
+    commands = [*(known if isinstance(known, list) else []), earlier.get("argv")]
+    kept: list[Any] = []
+    for command in commands:
+        if command and command != env.get("argv") and command not in kept:
+            kept.append(command)
+    if kept:
+        env["earlier_argv"] = kept
 
 
 def cpu_name() -> str:

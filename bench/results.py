@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import stats
+from bench import environment, stats
 
 SCHEMA = 1
 RATED = (stats.FASTER, stats.SAME, stats.SLOWER, stats.UNCLEAR)  # the verdicts that come from a ratio
@@ -32,11 +32,15 @@ class Results:
 
     `running` names the case in hand. If the process dies in it, the next `--resume` finds the name, writes a row that
     says so, and does not run that case again.
+
+    With `rows`, those that the file has from an earlier run, the commands of that run stay in the file too.
     """
 
     def __init__(self, path: Path, env: dict[str, Any], rows: list[Row] | None = None):
         self.path = path
         self.env = env
+        if rows is not None and path.exists():
+            environment.keep_commands(env, read(path)["env"])
         self.rows: list[Row] = rows or []
         self.running: str | None = None
 
@@ -83,6 +87,10 @@ def read(path: str | Path) -> dict[str, Any]:
         raise Unreadable(f"{path}: schema {document['schema']}, this version reads schema {SCHEMA}")
     if not isinstance(document.get("env"), dict):
         raise Unreadable(f"{path}: the environment is missing")
+    if not isinstance(document.get("running"), (str, type(None))):
+        raise Unreadable(f"{path}: running is {_short(document['running'])}, not the name of a case")
+    if "machine" in document["env"]:
+        document["env"]["machine"] = environment.in_words(document["env"]["machine"])
     for index, row in enumerate(document["rows"]):
         missing = {"case", "op", "mode", "dtype", "providers", "verdict"} - set(row if isinstance(row, dict) else ())
         if missing:

@@ -93,6 +93,36 @@ def test_resume_keeps_what_is_there_and_skips_what_killed_the_process(toys, tmp_
     assert "3 of 3 cases are there already" in capsys.readouterr().out
 
 
+def test_resume_keeps_the_commands_that_measured_the_other_rows(toys, tmp_path, monkeypatch):
+    for word in ("one", "two", "two", "three"):
+        monkeypatch.setattr("sys.argv", ["__main__.py", "run", "-k", word])
+        assert run("-k", word, "--json", "r.json", *(["--resume"] if word != "one" else [])) == 0
+    env = results.read(tmp_path / "r.json")["env"]
+    assert [argv[-1] for argv in env["earlier_argv"]] == ["one", "two"]
+    assert env["argv"][-1] == "three"
+    assert run("-k", "three", "--json", "r.json") == 0, "and a new start has no earlier commands"
+    assert "earlier_argv" not in results.read(tmp_path / "r.json")["env"]
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, ", 1 thread"), (2, ", 2 threads")])
+def test_threads_are_counted_in_words(monkeypatch, threads, words):
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    assert environment.machine(toy.CPU).endswith(words)
+
+
+def test_a_result_that_says_1_threads_is_of_the_same_machine(toys, tmp_path):
+    assert run("-k", "one", "--json", "r.json") == 0
+    older = results.read(tmp_path / "r.json")
+    machine = older["env"]["machine"]
+    assert machine.endswith(", 1 thread")
+    older["env"]["machine"] = machine + "s"
+    (tmp_path / "older.json").write_text(results.dump(older))
+    assert main(["compare", "older.json", "r.json", "--fail", "slower:99%"]) == 0
+    assert run("-k", "two", "--json", "older.json", "--resume") == 0
+    assert main(["report", "older.json", "-o", "r.md"]) == 0
+    assert "1 threads" not in (tmp_path / "r.md").read_text()
+
+
 def test_resume_refuses_another_machine(toys, tmp_path, capsys):
     (tmp_path / "r.json").write_text(json.dumps(document(rows=1)))
     assert run("--json", "r.json", "--resume") == 2

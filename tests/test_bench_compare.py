@@ -128,6 +128,7 @@ def test_an_arm_that_vanished_is_a_regression(save, capsys):
         ('{"schema": 1, "rows": []}', "environment is missing"),
         ('{"schema": 1, "env": {}, "rows": [{"case": "x"}]}', "row 0 lacks"),
         ('{"schema": 1, "env": {}, "rows": ["x"]}', "row 0 lacks"),
+        ('{"schema": 1, "env": {}, "rows": [], "running": 5}', "running is 5"),
         ("", "not JSON"),
     ],
 )
