@@ -3,7 +3,8 @@
 Several seeds go through the same input buffers, so an answer remembered from the last call is a wrong answer. The rule
 is derived, not tuned: against float64, an arm may err twice as much as stock PyTorch in the same dtype (root mean
 square over each output; of the yardstick arms, the one that errs most), and no single element by more than four times
-stock's worst.
+stock's worst. One eps is allowed on top: of the dtype, or of TF32 where PyTorch allows that for fp32 on a GPU, since
+stock may use a kernel without it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench.case import Tensors
+from bench.case import Case, Tensors
 from bench.clocks import warnings_off
 from bench.modes import Step
+from bench.verdict import tf32_allowed
 
 RMS_FACTOR = 2.0
 MAX_FACTOR = 4.0
 RANDOM_FACTOR = 1.5  # dropout: how far the size of the random part may be from stock's
 NEGLIGIBLE = 1e-3  # of the largest output: what is smaller (a gradient that cancels to 0) is measured against that
+TF32_EPS = 2.0**-10  # ten bits of mantissa, as many as fp16 has
 HOPELESS_RMS = 0.2  # an error of stock itself beyond this means that the truth is of something else
 LATE_CYCLES = 20_000_000  # about 10 ms: inputs arrive this late on the current stream
 
@@ -52,6 +55,7 @@ class Exam:
     dtype: torch.dtype
     randomised: bool = False
     relevant: Callable[[Outputs], Outputs] = lambda outputs: outputs
+    eps: float | None = None  # None: of the dtype
     stock: list[list[Error]] | None = None
     _floors: dict[int, float] = field(default_factory=dict, repr=False)
 
@@ -83,7 +87,7 @@ class Exam:
 
     def _too_far(self, error: Error, index: int, seed: int, right: torch.Tensor) -> str | None:
         assert self.stock is not None, "no yardstick was set"
-        stock, eps = self.stock[seed][index], torch.finfo(self.dtype).eps
+        stock, eps = self.stock[seed][index], self.eps or torch.finfo(self.dtype).eps
         if self.randomised:
             if stock.rms / RANDOM_FACTOR - eps <= error.rms <= stock.rms * RANDOM_FACTOR + eps:
                 return None
@@ -96,6 +100,13 @@ class Exam:
         if error.worst > allowed:
             return f"largest error {error.worst:.2g}, allowed {allowed:.2g} (four times stock's)"
         return None
+
+
+def eps_of(case: Case, device: torch.device) -> float:
+    """eps of the arithmetic that PyTorch allows for a case: of its dtype, or of TF32."""
+    if device.type == "cuda" and case.dtype == "fp32" and tf32_allowed(case.op, case.shape.get("kind", "")):
+        return TF32_EPS
+    return torch.finfo(case.torch_dtype).eps
 
 
 def distance(ours: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> Error:

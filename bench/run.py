@@ -96,6 +96,7 @@ def _fill(row: Row, case: Case, workload: Workload, options: Options) -> None:
         case.torch_dtype,
         randomised=workload.randomised(case) if hasattr(workload, "randomised") else False,
         relevant=partial(workload.relevant, case) if hasattr(workload, "relevant") else lambda outputs: outputs,
+        eps=gate.eps_of(case, device),
     )
     own = sum(x.numel() * x.element_size() for x in contents[0].values())
     per_set = own + sum(x.numel() * case.torch_dtype.itemsize for x in exam.truths[0])

@@ -69,7 +69,7 @@ def _rates(
     limits: dict[str, Any] | None,
 ) -> None:
     least = 0.0
-    peak = roof.peak_name(case.dtype, tf32_allowed(case.op))
+    peak = roof.peak_name(case.dtype, tf32_allowed(case.op, case.shape.get("kind", "")))
     if limits:
         floor, bound = roof.floor_seconds(row["flops"], row["bytes"], peak, limits)
         row["floor_s"], row["bound"], row["peak"] = significant(floor), bound, f"{peak}, {limits['source']}"
@@ -88,9 +88,9 @@ def _rates(
             provider["gate_reason"] = f"{seconds:.3g} s is below {least:.3g} s, what this GPU needs at its peak"
 
 
-def tf32_allowed(op: str) -> bool:
+def tf32_allowed(op: str, kind: str = "") -> bool:
     """Whether PyTorch may round the fp32 products of an op to TF32; cuDNN has switches of its own, on by default."""
-    if op in ("attention", "varlen_attention", "bert"):
+    if op in ("attention", "varlen_attention", "bert") or kind == "layernorm_lstm":
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
     cudnn = torch.backends.cudnn.rnn if op in ("rnn", "lstm_model") else torch.backends.cudnn.conv
     return cudnn.fp32_precision == "tf32"
