@@ -1,6 +1,7 @@
 """`fastops inspect` as a stranger would use it."""
 
 import json
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -122,12 +123,42 @@ def test_bad_input_is_one_clear_message(kernels, tmp_path, capsys):
     assert "one after the other" in bad(capsys, "--json", "-", "--markdown", "-")
     assert "names no target" in bad(capsys, "epilogue", "-t", ",")
     assert "describe a kernel of your own" in bad(capsys, "epilogue", "--num-warps", "8")
+    assert "'FOO9000'; give a capability" in bad(capsys, "epilogue", "-t", "FOO9000")
     assert "there is no snapshot" in bad(
         capsys, f"{at}:tuned_kernel", "--signature", "*fp32,i32", "-t", "80", "--check", tmp_path
     )
     assert "no such kernel takes fp8" in bad(capsys, "epilogue", "--dtype", "fp8")
     (tmp_path / "syntax.py").write_text("def f(:\n")
     assert "cannot be imported: SyntaxError" in bad(capsys, f"{tmp_path}/syntax.py:f", "--signature", "i32")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--check", "none"), "there is no snapshot"),
+        (("--check", "damaged.json"), "damaged.json cannot be read"),
+        (("--update", "damaged.json"), "damaged.json cannot be read"),
+        (("--update", "damaged.json/below"), "damaged.json is not a folder"),
+        (("--update", "folder.json"), "folder.json is a folder"),
+        (("--update", "locked/below/x"), f"nothing can be written into {os.sep}"),
+        (("--check", "fine.json", "--json", "-"), "--check prints what changed: give --json and --markdown a FILE"),
+        (("--update", "fine.json", "--sass", "--ptx"), "--update prints what changed: leave out --sass and --ptx"),
+        (("--list", "--check", "fine.json"), "compiles nothing: leave out --check"),
+        (("--list", "--json", "r.json"), "compiles nothing: leave out --json"),
+        (("--grid", "1"), "--grid: only to describe a kernel of your own"),
+        (("--flops", "1", "--bytes", "2"), "--flops and --bytes: only to describe a kernel of your own"),
+        (("attention", "--shape", "1,2,64,64", "--bytes", "2"), "--bytes: only to describe a kernel of your own"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_compiles(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastops.inspection.cli._compile", lambda *_: pytest.fail("it compiles"))
+    (tmp_path / "fine.json").write_text('{"triton": "3", "kernels": {}}')
+    (tmp_path / "damaged.json").write_text("{")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda place, _: place != tmp_path / "locked")  # root may write anywhere
+    assert message in bad(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +180,11 @@ def test_update_then_check_then_a_regression(kernels, tmp_path, capsys):
     snapshot = tmp_path / "budget.json"
     arguments = (f"{kernels}:add_kernel", "--signature", "*fp16,*fp16,i32", "-t", "sm_90", "--constexpr")
     assert fastops(capsys, *arguments, "BLOCK=256", "--update", snapshot)[0] == 0
-    code, out, _ = fastops(capsys, *arguments, "BLOCK=256", "--check", snapshot)
+    files = ("--json", tmp_path / "r.json", "--markdown", tmp_path / "r.md")
+    code, out, _ = fastops(capsys, *arguments, "BLOCK=256", "--check", snapshot, *files)
     assert (code, out.splitlines()[-1][:3]) == (0, "ok:")
+    assert json.loads((tmp_path / "r.json").read_text())["kernels"]
+    assert "add_kernel" in (tmp_path / "r.md").read_text()
     stored = json.loads(snapshot.read_text())
     stored["kernels"]["add_kernel[BLOCK=256]"]["sm_90"]["registers"] -= 4
     snapshot.write_text(json.dumps(stored))

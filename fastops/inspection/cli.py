@@ -101,9 +101,11 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"{heading:12s}{explanation}")
         return 0
     _check_output(arguments)
+    _check_combination(arguments)
     targets = _targets(arguments.target)
     if arguments.shape is not None:
         return _run_shape(arguments, targets)
+    known = _snapshot(arguments)
     cases, whole_library = _cases(arguments)
     if arguments.list:
         for case in cases:
@@ -116,7 +118,8 @@ def _run(arguments: argparse.Namespace) -> int:
         notes.append(f"{len(cases)} main configurations of {total}; --all for the others, or name a KERNEL.")
     assessments = _compile(cases, targets, arguments.jobs)
     if arguments.check or arguments.update:
-        return _gate(arguments, assessments, whole_library, targets is None, console)
+        _write_files(arguments, assessments)
+        return _gate(arguments, known, assessments, whole_library, targets is None, console)
     return _show(arguments, assessments, console, notes)
 
 
@@ -135,6 +138,41 @@ def _check_output(arguments: argparse.Namespace) -> None:
                 raise InspectionError(f"--{option}: {what}")
             if not os.access(path if path.exists() else path.parent, os.W_OK):
                 raise InspectionError(f"--{option}: {path} cannot be written")
+
+
+def _check_combination(arguments: argparse.Namespace) -> None:
+    """Refuse an option that another one would have ignored."""
+
+    def given(*options: str) -> str:
+        values = {option: getattr(arguments, option[2:].replace("-", "_")) for option in options}
+        return " and ".join(option for option, value in values.items() if value not in (None, False, []))
+
+    others = given("--check", "--update", "--shape", "--json", "--markdown", "--sass", "--ptx")
+    if arguments.list and others:
+        raise InspectionError(f"--list names the configurations and compiles nothing: leave out {others}")
+    if gate := given("--check", "--update"):
+        if texts := given("--sass", "--ptx"):
+            raise InspectionError(f"{gate} prints what changed: leave out {texts}")
+        if "-" in (arguments.json, arguments.markdown):
+            raise InspectionError(f"{gate} prints what changed: give --json and --markdown a FILE")
+    own = given("--signature", "--constexpr", "--num-warps", "--num-stages", "--option", "--grid", "--flops", "--bytes")
+    if own and (arguments.shape is not None or not any(":" in kernel for kernel in arguments.kernels)):
+        raise InspectionError(
+            f"{own}: only to describe a kernel of your own, named as file.py:kernel; "
+            "the library's configurations are fixed (--list)"
+        )
+
+
+def _snapshot(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The budgets to compare with; before anything compiles, for the same reason."""
+    if arguments.check:
+        return snapshot.read(Path(arguments.check))
+    if arguments.update:
+        place = Path(arguments.update)
+        snapshot.check_writable(place)
+        if snapshot.path_for(place).exists():
+            return snapshot.read(place)
+    return {}
 
 
 def _run_shape(arguments: argparse.Namespace, targets: list[Target] | None) -> int:
@@ -199,11 +237,6 @@ def _cases(arguments: argparse.Namespace) -> tuple[list[StaticCase], bool]:
                 flops=arguments.flops,
                 bytes=arguments.bytes,
             )
-    elif arguments.signature or arguments.constexpr or arguments.num_warps or arguments.num_stages or arguments.option:
-        raise InspectionError(
-            "--signature, --constexpr, --num-warps, --num-stages and --option describe a kernel of your own: "
-            "name it as file.py:kernel; the library's configurations are fixed (--list)"
-        )
     if patterns or not own:
         library = catalog.library_cases()
         cases += catalog.select(library, patterns, arguments.dtype)
@@ -261,6 +294,7 @@ def _print_texts(assessments: Sequence[Assessment], kind: str) -> None:
 
 def _gate(
     arguments: argparse.Namespace,
+    known: dict[str, Any],
     assessments: Sequence[Assessment],
     whole_library: bool,
     all_targets: bool,
@@ -268,7 +302,6 @@ def _gate(
 ) -> int:
     place = Path(arguments.check or arguments.update)
     path = snapshot.path_for(place)
-    known = {} if arguments.update and not path.exists() else snapshot.read(place)
     changes = snapshot.compare(known, assessments, whole_library)
     for change in changes:
         if arguments.update and change.before == snapshot.NO_BUDGET and "spills" not in str(change.after):

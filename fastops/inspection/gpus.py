@@ -167,9 +167,9 @@ def find_target(text: str) -> Target:
     found = next((names[name] for name in asked if name in names), None)
     if found is None:
         close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(names[name].name for name in close)}? " if close else ""
+        hint = f"did you mean {' or '.join(names[name].name for name in close)}? Give" if close else "give"
         known = ", ".join(gpu.name for gpu in GPUS)
-        raise ValueError(f"unknown target {text!r}; {hint}Give a capability such as sm_86, or one of: {known}")
+        raise ValueError(f"unknown target {text!r}; {hint} a capability such as sm_86, or one of: {known}")
     return Target(CAPABILITIES[found.capability], found, by_name=True)
 
 

@@ -97,6 +97,21 @@ def read(place: Path) -> dict[str, dict[str, Budget]]:
     return dict(kernels)
 
 
+def check_writable(place: Path) -> None:
+    """Before anything compiles.
+
+    Raises:
+        InspectionError: `write` could not write there.
+    """
+    path = path_for(place)
+    folder = next(folder for folder in path.absolute().parents if folder.exists())  # `write` makes those below it
+    if path.is_dir() or not folder.is_dir():
+        what = f"{path} is a folder" if path.is_dir() else f"{folder} is not a folder"
+        raise InspectionError(f"snapshot {path} cannot be written: {what}")
+    if not os.access(folder, os.W_OK):
+        raise InspectionError(f"snapshot {path} cannot be written: nothing can be written into {folder}")
+
+
 def write(place: Path, assessments: Iterable[Assessment], keep: bool) -> Path:
     """Write the budgets; with `keep`, those of the file that were not compiled now stay.
 
