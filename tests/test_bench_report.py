@@ -139,6 +139,44 @@ def test_a_browser_draws_it(browse, tmp_path):
     assert picture.stat().st_size > 50_000
 
 
+def test_a_column_without_any_value_is_left_out(browse):
+    made = document()
+    optional = ("% ceiling", "peak memory")
+    dom = browse(html.render(made), "--dump-dom")
+    assert all(f">{name}</button>" in dom for name in optional)
+    for row in made["rows"]:
+        for provider in row["providers"].values():
+            provider.pop("peak_bytes", None)
+            provider.pop("ceiling_pct", None)
+    dom = browse(html.render(made), "--dump-dom")
+    assert not any(f">{name}</button>" in dom for name in optional)
+    assert ">TFLOP/s</button>" in dom
+    assert 'colspan="5"' in dom  # the reason of a row without a ratio: all between mode and verdict
+
+
+@pytest.mark.parametrize("peak_bytes", [None, 12345 * 2**20])
+def test_the_table_fits_a_page_of_1200_pixels(browse, peak_bytes):
+    made = document()
+    for row in made["rows"]:
+        for provider in row["providers"].values():
+            provider["peak_bytes"] = peak_bytes
+    measure = "document.title = document.querySelector('.scroll').scrollWidth"
+    page = html.render(made).replace("</body>", f"<script>{measure}</script></body>")
+    dom = browse(page, "--dump-dom", "--window-size=1200,1400")
+    assert int(re.search(r"<title>(\d+)</title>", dom).group(1)) <= 1200 - 2 * 24  # the margins of the page
+
+
+def test_the_page_names_every_command(browse):
+    made = document(rows=1)
+    made["env"] |= {
+        "argv": ["bench", "run", "--resume"],
+        "earlier_argv": [["bench", "run"], ["bench", "run", "-k", "x"]],
+    }
+    dom = browse(html.render(made), "--dump-dom")
+    assert "<dt>command</dt><dd>bench run --resume</dd>" in dom
+    assert "<dt>earlier commands</dt><dd>bench run; bench run -k x</dd>" in dom
+
+
 def test_a_browser_runs_nothing_hostile(browse):
     dom = browse(html.render(document(hostile=HOSTILE)), "--dump-dom")
     assert "<title>fastops benchmark</title>" in dom
