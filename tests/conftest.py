@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import sys
 import time
 
 import torch
@@ -40,10 +41,14 @@ def pytest_collection_modifyitems(config, items):
 # time.time() after which no test begins, so that a run ends by itself and says what failed
 UNTIL = float(os.environ.get("FASTOPS_TESTS_UNTIL", "inf"))
 OUT_OF_TIME = "out of time"
+LOST_CONTEXT = []  # the test after which every call to the GPU fails
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
+    if LOST_CONTEXT and "PYTEST_XDIST_WORKER" in os.environ:
+        print(f"the CUDA context was lost in {LOST_CONTEXT[0]}", file=sys.stderr, flush=True)
+        os._exit(1)  # nothing can run in this process any more; xdist starts another
     if time.time() > UNTIL:
         pytest.skip(OUT_OF_TIME)
 
@@ -79,6 +84,11 @@ def pytest_runtest_makereport(item):
     """Without kernels, a test that asks for one by name fails for one of these reasons; none may for another."""
     outcome = yield
     report = outcome.get_result()
+    if GPU and report.failed and not LOST_CONTEXT:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            LOST_CONTEXT.append(item.nodeid)
     if KERNELS or not report.failed:
         return
     reason = next((reason for reason in NEEDS_KERNELS if reason in report.longreprtext), None)

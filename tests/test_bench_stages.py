@@ -1,6 +1,9 @@
 """`make gpu`: whatever a stage does, the whole ends in time and what was measured stays."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -86,6 +89,69 @@ def test_gpu_tests_take_turns_so_that_a_cut_misses_none_of_them():
 
 def test_a_test_file_that_cannot_be_imported_stops_no_other(tmp_path):
     assert "--continue-on-collection-errors" in gpu.stages(tmp_path)[0].arguments
+
+
+def test_gpu_tests_run_together_but_for_those_that_measure_time(tmp_path):
+    together, alone = gpu.stages(tmp_path)[:2]
+    marks = [one.arguments[one.arguments.index("-m", 2) + 1] for one in (together, alone)]
+    assert marks == ["gpu and not alone", "gpu and alone"]
+    assert together.tests
+    assert alone.tests
+    assert "-n" not in alone.arguments
+    assert not any(argument.startswith("--maxfail") for argument in together.arguments)
+    files = [{x for x in one.arguments if x.startswith("tests/")} for one in (together, alone)]
+    assert {"tests/test_rnn_gpu.py", "tests/test_contracts.py", "tests/test_profiling.py"} <= files[0]
+    assert "tests/test_house.py" not in files[0]
+    assert {"tests/test_bench_gate.py", "tests/test_profiling.py"} <= files[1] < files[0]
+
+
+PRINTS_AS_PYTEST = """
+import os, time
+if float(os.environ["FASTOPS_TESTS_UNTIL"]) < time.time():
+    print("3 failed, 4 passed in 1.2s")
+else:
+    print("not reached, out of time: 4")
+    print("SKIPPED [4] tests/conftest.py:59: out of time")
+    print("12 passed, 5 skipped in 130.12s (0:02:10)")
+"""
+
+
+def test_tests_that_there_was_no_time_for_are_counted_and_no_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LAST_TEST_S", 3.0)
+    (tmp_path / "log.txt").write_text("1 failed, 2 passed in 3.4s\n")  # of an earlier run
+    done = gpu.run_stage(stage("tests", PRINTS_AS_PYTEST, 20.0, tests=True), tmp_path, 20.0)
+    counts = (done["tests_passed"], done["tests_failed"], done["tests_not_reached"])
+    assert (done["exit_code"], *counts) == (0, 12, 0, 4)
+    assert gpu.failed(done) == 0
+
+
+def test_what_counts_as_failed_tests():
+    for output, code, expected in (
+        ("12 passed, 5 skipped in 3.10s", 0, 0),
+        ("no tests ran in 2.00s", 5, 0),
+        ("1 failed, 11 passed in 3.10s", 1, 1),
+        ("11 passed, 1 error in 3.10s", 1, 1),
+        ("!!!! KeyboardInterrupt !!!!\n11 passed in 3.10s\n[stopped at its deadline, 130 s]", None, 0),
+        ("!!!! KeyboardInterrupt !!!!\n1 failed, 11 passed in 3.10s", None, 1),
+        ("..........", None, 1),  # killed: nobody knows
+        ("..........", -9, 1),
+        ("12 passed in 3.10s", 3, 1),
+    ):
+        done = {"stage": "tests", "exit_code": code, "ended": "done", **gpu.tests_of(output)}
+        assert gpu.failed(done) == expected, output
+    assert gpu.failed({"stage": "tests alone", "exit_code": None, "ended": "no time left"}) == 0
+    assert gpu.failed({"stage": "conv", "exit_code": 3, "ended": "done"}) == 0  # told by its rows
+
+
+def test_pytest_begins_no_test_after_the_time_it_was_given():
+    environment = {**os.environ, "FASTOPS_TESTS_UNTIL": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_rule.py"]
+    found = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stdout
+    counts = gpu.tests_of(found.stdout)
+    assert (counts["tests_passed"], counts["tests_failed"]) == (0, 0)
+    assert counts["tests_not_reached"] > 5
 
 
 def test_results_are_gathered_from_all_files(tmp_path, capsys):
