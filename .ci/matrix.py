@@ -8,6 +8,7 @@ a cell could not run and no test failed.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -222,6 +223,13 @@ def _minutes(start: float) -> str:
 
 def main() -> int:
     """Run the cells, print one table."""
+    usage = argparse.ArgumentParser(
+        usage="make matrix [CELLS=...] [FULL=1]",
+        description=__doc__,
+        epilog="cells:\n" + "\n".join(f"  {cell.name:14s}{cell.about}" for cell in CELLS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    usage.parse_args()  # there are no arguments, but hours are not to begin where help is asked for
     wanted = os.environ.get("CELLS", "").split() or [cell.name for cell in CELLS if cell.name != _own_version()]
     unknown = set(wanted) - {cell.name for cell in CELLS}
     if unknown:
