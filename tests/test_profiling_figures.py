@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from rich.console import Console
 from bench import ceilings as measured
 from bench.verdict import tf32_allowed
 from fastops.profiling import ceilings as read
-from fastops.profiling import table, work
+from fastops.profiling import html, table, work
 from fastops.profiling.advice import Advice, Replacement, advise
 from fastops.profiling.attribute import OPTIMIZER
 from fastops.profiling.ceilings import Ceilings
@@ -252,3 +253,15 @@ def test_advice_is_a_table_with_what_it_saves():
     text = console.export_text()
     for words in ("fuse it", "two kernels", "up to 2.500 ms (25 %) per step", "measure it: --apply", "advice: none"):
         assert words in text
+
+
+def test_names_on_the_page_are_not_read_with_their_figures_and_break_at_dots():
+    rows = [ModuleRow("3", "", 0, total_ms=1.0, percent=5.0), ModuleRow("4", "Linear", 0, total_ms=9.0, percent=95.0)]
+    assert re.findall(r"<text[^>]*>([^<]*)", html.icicle(rows)) == ["3: 5 %", "4 Linear: 95 %"]
+    narrow = html.icicle([ModuleRow("3", "A" * 300, 0, total_ms=1.0, percent=5.0)])
+    assert ">3: 5 %<" in narrow
+    cells = html._table(["name", "ms"], [[("encoder.0.<b>", None), ("1.5", 1.5)], [("aten::mm", None), ("2", 2.0)]])
+    assert "encoder.<wbr>0.<wbr>&lt;b&gt;</td>" in cells
+    assert "aten::<wbr>mm</td>" in cells
+    assert ">1.5</td>" in cells
+    assert "break-word" not in html.STYLE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ p.dim,td.dim,.note{color:var(--dim)}
 table{border-collapse:collapse;width:100%;font-size:13.5px;background:var(--card)}
 th,td{padding:4px 9px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th{cursor:pointer;position:sticky;top:0;background:var(--card)}
-th:first-child,td:first-child,td.text,th.text{text-align:left}td.text{white-space:normal;word-break:break-word}
+th:first-child,td:first-child,td.text,th.text{text-align:left}td.text{white-space:normal;min-width:9em}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:8px}
 .advice{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:12px}
 .advice .card code{display:block;background:var(--page);padding:6px 9px;border-radius:5px;margin-top:8px;
@@ -184,7 +185,9 @@ def icicle(rows: Sequence[ModuleRow]) -> str:
             f'fill="hsl({hue} 55% 70%)" data-tip="{_text(tip)}"/>'
         )
         name = row.path.rpartition(".")[2]
-        labels = (f"{name} {row.kind} {row.percent:.0f} %", f"{name} {row.percent:.0f} %", name)
+        # a colon, because names are numbers too: "3 5 %" reads as 35 %
+        share = f"{row.percent:.0f} %"
+        labels = (f"{f'{name} {row.kind}'.rstrip()}: {share}", f"{name}: {share}", name)
         label = next((label for label in labels if len(label) <= (span - 8) / 6.6), None)
         if label:
             bars.append(f'<text x="{left + 5:.1f}" y="{y + 16}">{_text(label)}</text>')
@@ -243,7 +246,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[tuple[str, float | None
         cells = []
         for shown, value in row:
             attribute = 'class="text"' if value is None else f'data-value="{value}"'
-            cells.append(f"<td {attribute}>{_text(shown)}</td>")
+            # a line may end after a dot or :: of a name, never within a word
+            text = _text(shown) if value is not None else re.sub(r"(\.|::)", r"\1<wbr>", _text(shown))
+            cells.append(f"<td {attribute}>{text}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
     return f'<div class="scroll"><table class="sortable">{table}</table></div>'
