@@ -28,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m models.train",
         description="Train a model on real data; the defaults need no download.",
-        epilog="exit codes: 0 done, 1 failed, 2 wrong arguments, 130 stopped by Ctrl-C (143 by SIGTERM) and saved",
+        epilog="exit codes: 0 done, 1 failed, 2 what was asked for cannot be had (wrong arguments, or data or a "
+        "checkpoint that is missing, damaged or of another run), 130 stopped by Ctrl-C (143 by SIGTERM) and saved",
         argument_default=argparse.SUPPRESS,  # only what was given is handed on: a resumed run must know
     )
     parser.add_argument("model", choices=list(KINDS), help="what to train")
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(options, given=set(found))
     except (DataError, CheckpointError, Diverged, KernelUnavailable, OptionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, OptionError) else 1
+        return 2 if isinstance(error, (OptionError, DataError, CheckpointError)) else 1
     except ImportError as error:
         print(f"error: {error}; pip install 'fastops-triton[examples,hf]' brings all of it", file=sys.stderr)
         return 1

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from models import train as command
-from models.training import checkpoint, compare, presets, tasks
+from models.training import checkpoint, compare, plots, presets, tasks
 from models.training.distributed import Processes
 from models.training.loop import Stop, Trainer
 from models.training.options import OptionError, Options
@@ -350,6 +351,23 @@ class TestAccelerated:
         assert arm.samples == [30, 18]
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_curves_have_ticks_at_whole_epochs(epochs, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr("models.training.plots._save", lambda figure, path: figures.append(figure))
+    summaries = [{"epoch": epoch, "test_loss": 2.0, "test_accuracy": 0.5} for epoch in range(1, epochs + 1)]
+    progress = SimpleNamespace(losses=[2.0] * 10 * epochs, epochs=summaries)
+    task = SimpleNamespace(name="some", metric="accuracy", language_model=False, baseline=0.2)
+    plots.curves(progress, task, 10, "some.png")
+    for axis in figures[0].axes:
+        low, high = axis.get_xlim()
+        assert high - low >= 1
+        ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(tick == int(tick) for tick in ticks)
+
+
 class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -386,15 +404,35 @@ class TestCommandLine:
             (["transformer", "--resume", "/nowhere.pt"], "/nowhere.pt is missing"),
             (["transformer", "--task", "lm", "--data", "text", "--root", "/nowhere"], "is not a folder"),
             (["transformer", "--data", "table", "--root", "two.csv"], "nothing is left to learn"),
+            (["transformer", "--data", "table", "--root", "two.txt"], "two.txt is not a file"),
+            (["rnn", "--resume", "empty.pt"], "empty.pt is empty"),
+            (["rnn", "--resume", "two.csv"], "two.csv cannot be read"),
+            (["rnn", "--init-from", "two.csv"], "two.csv cannot be read"),
+            (["rnn", "--resume", "bert.pt"], "was written with model 'bert', not 'rnn'"),
+            (["bert", "--resume", "bert.pt", "--lr", "0.5"], "was written with learning_rate 0.1, not 0.5"),
         ],
     )
-    def test_one_line_for_a_failure(self, arguments, message, tmp_path, monkeypatch, capsys):
+    def test_one_line_for_files_that_will_not_do(self, arguments, message, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         Path("two.csv").write_text("text,label\none,a\ntwo,b\n")
-        assert command.main(arguments) == 1
+        Path("empty.pt").touch()
+        checkpoint.save("bert.pt", {"model": {}, "options": {"model": "bert", "learning_rate": 0.1}})
+        assert command.main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert message in error
+        assert error.count("\n") == 1
+
+    @pytest.mark.parametrize("package", ["tokenizers", "matplotlib"])
+    def test_a_missing_package_is_a_failure(self, package, table, tmp_path, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        arguments = ["bert", "--preset", "tiny", "--data", "table", "--root", str(table), "--device", "cpu"]
+        arguments += ["--out", str(tmp_path / "out"), *(["--plot", "p.png"] if package == "matplotlib" else [])]
+        assert command.main(arguments) == 1
+        error = capsys.readouterr().err
+        assert package in error
+        assert "brings all of it" in error
         assert error.count("\n") == 1
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -22,8 +22,6 @@ PAD = 0
 ONE_IN = 5  # texts held out
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
-NO_TOKENIZERS = "WordPiece comes with tokenizers, which is not installed: pip install tokenizers"
-
 Labelled = list[tuple[str, str]]
 
 
@@ -31,20 +29,16 @@ class Tokenizer:
     """WordPiece as BERT has it (lower case, [CLS] text [SEP]), its vocabulary trained on the texts at hand."""
 
     def __init__(self, description: str) -> None:
-        try:
-            from tokenizers import Tokenizer as Engine
-        except ImportError as error:
-            raise DataError(NO_TOKENIZERS) from error
+        from tokenizers import Tokenizer as Engine
+
         self._engine: Any = Engine.from_str(description)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary: int) -> Tokenizer:
         """Train a vocabulary of at most so many pieces; the same texts give the same one."""
-        try:
-            from tokenizers import Tokenizer as Engine
-            from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
-        except ImportError as error:
-            raise DataError(NO_TOKENIZERS) from error
+        from tokenizers import Tokenizer as Engine
+        from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
         texts = list(texts)
         normalizer = normalizers.BertNormalizer(lowercase=True)
         characters = sorted(set("".join(map(normalizer.normalize_str, texts))) - set(" \t\n\r"))

@@ -21,7 +21,8 @@ def require(path: str) -> None:
     """Fail early where there is no matplotlib, or no picture can be written under that name.
 
     Raises:
-        OptionError: says what to install, or to change.
+        OptionError: says what to change.
+        ImportError: says what to install.
     """
     import importlib.util
 
@@ -29,7 +30,7 @@ def require(path: str) -> None:
         raise OptionError(f"--plot {path}: give a name that ends in {', '.join(SUFFIXES)}")
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError("pictures need matplotlib, which is not installed: pip install matplotlib")
+        raise ImportError("pictures need matplotlib, which is not installed")
 
 
 def curves(progress: Progress, task: Task, steps_per_epoch: int, path: str | Path) -> None:
@@ -47,11 +48,15 @@ def curves(progress: Progress, task: Task, steps_per_epoch: int, path: str | Pat
         right.set_ylim(0, 1.02)
     else:
         right.margins(y=0.2)  # room for the number below the last point
-    right.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if len(epochs) <= 1:  # a single point has no range
+            axis.set_xlim(-0.1, 1.1)
     if values:
         right.annotate(_number(values[-1], task), (epochs[-1], values[-1]), xytext=(-4, -14), ha="right", **_OFFSET)
     right.set(xlabel="epoch", ylabel=task.metric.replace("_", " "), title="held-out data")
-    right.legend(frameon=False, loc="upper right" if task.language_model else "center right")
+    where = "center left" if len(epochs) <= 1 else "center right"
+    right.legend(frameon=False, loc="upper right" if task.language_model else where)
     _save(figure, path)
 
 
