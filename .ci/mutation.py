@@ -8,6 +8,7 @@ list is out of date. FILES names files or functions: `make mutation FILES="rnn_c
 
 from __future__ import annotations
 
+import argparse
 import ast
 import copy
 import importlib.abc
@@ -289,8 +290,16 @@ def survivors_of(found: list[Mutant], tests: tuple[str, ...]) -> list[Mutant]:
     return alive
 
 
-def main(wanted: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run, report, and compare with the list of explained survivors."""
+    usage = argparse.ArgumentParser(
+        usage='make mutation [FILES="..."]',
+        description=__doc__,
+        epilog="files:\n" + "\n".join(f"  {file}" for file in TARGETS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    usage.add_argument("wanted", nargs="*", metavar="FILE", help="part of a file's name, or file:function; none: all")
+    wanted = usage.parse_args(arguments).wanted
     os.chdir(ROOT)
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path[:0] = [str(ROOT)]

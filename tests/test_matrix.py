@@ -1,4 +1,4 @@
-"""`make matrix`: what it does without running a test."""
+"""`make matrix` and `make mutation`: what they do without running a test."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 MATRIX = Path(__file__).parent.parent / ".ci" / "matrix.py"
+MUTATION = MATRIX.with_name("mutation.py")
 
 
 @pytest.mark.parametrize(
@@ -19,3 +20,14 @@ def test_asked_for_help_it_runs_nothing(argument, code, message):
     assert done.returncode == code
     assert message in done.stdout + done.stderr
     assert "no cell" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "message"),
+    [("-h", 0, "file:function"), ("--help", 0, "files:\n  fastops/"), ("-x", 2, "arguments: -x")],
+)
+def test_mutation_asked_for_help_mutates_nothing(argument, code, message):
+    done = subprocess.run([sys.executable, MUTATION, argument], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert message in done.stdout + done.stderr
+    assert "named like" not in done.stderr
