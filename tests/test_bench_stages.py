@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from bench import gpu
+from bench import cases, gpu
 from bench.gpu import Stage
 
 
@@ -75,6 +75,16 @@ def test_the_real_plan_fits_nine_minutes_and_eight_files(tmp_path):
     jsons = {one.arguments[one.arguments.index("--json") + 1] for one in plan if "--json" in one.arguments}
     files = jsons | {one.log for one in plan} | {"summary.json", "report.html"}
     assert len(files) <= 8
+
+
+def test_every_stage_begins_with_cheap_rows_and_reaches_its_model_early(tmp_path):
+    for one in gpu.stages(tmp_path)[2:]:
+        ops = [one.arguments[i + 1] for i, argument in enumerate(one.arguments) if argument == "--op"]
+        order = cases.select("full", ops)
+        whole = [case.op in ("alexnet", "bert", "lstm_model") for case in order]
+        assert not whole[0]
+        assert "quick" in order[0].suites
+        assert sum(whole[:6]) >= 2
 
 
 def test_gpu_tests_take_turns_so_that_a_cut_misses_none_of_them():
