@@ -7,9 +7,8 @@ of two). A `source` is a pointer, or with TMA a host tensor descriptor over (B, 
 import triton
 import triton.language as tl
 
-from fastops.kernels._common import interpreted
+from fastops.kernels._common import COMPILED
 
-COMPILED = tl.constexpr(not interpreted())
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -24,6 +24,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastops import _env
+from fastops.kernels._common import weight_operand
 from fastops.kernels.conv2d_boxes import batch_kernel, boxes_kernel
 from fastops.kernels.conv2d_gather import gather_flat_kernel, gather_kernel
 from fastops.kernels.conv2d_layout import memory_format, new_maps, output_size
@@ -50,10 +51,10 @@ GATHER_TILES = {
     ("ieee", False): Tile(64, 64, 16, 2),
 }
 # Triton 3.6 makes three times the instructions of the gather by single elements, and spills with the larger tile
-_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # by arithmetic; smaller, because every element has its own address
 FLAT_TILES = {
-    "16-bit": Tile(128, 64, 64, 2) if _TRITON >= (3, 7) else Tile(64, 64, 32, 3),
+    "16-bit": Tile(128, 64, 64, 2) if TRITON >= (3, 7) else Tile(64, 64, 32, 3),
     "tf32": Tile(64, 64, 32, 3),
     "ieee": Tile(64, 32, 16, 2),
 }
@@ -130,7 +131,7 @@ def convolve(
     kind = arithmetic(x.dtype)
     if c >= FLAT_CHANNELS:
         x = x.contiguous(memory_format=torch.channels_last)
-    weight = weight.permute(0, 2, 3, 1).contiguous()  # (K, R, S, C)
+    weight = weight_operand(weight.permute(0, 2, 3, 1).contiguous(), precision(kind))  # (K, R, S, C)
     bias = None if bias is None else bias.contiguous()
     if form is None:
         aligned = layout == torch.channels_last and (x.data_ptr() | weight.data_ptr()) % 16 == 0
@@ -213,27 +214,30 @@ def choose_box(shape: Shape, pixels: int) -> tuple[int, int, int]:
     return min(BOXES[pixels], key=covered)
 
 
-def _precision(kind: str) -> str:
+def precision(kind: str) -> str:
+    """`input_precision` of tl.dot for what `arithmetic` names."""
     return "tf32" if kind == "tf32" else "ieee"
 
 
 def _gather(shape, kind, x, weight, bias, y, relu):
     narrow = shape.k <= 64 and (kind, True) in GATHER_TILES
-    _launch_gather(gather_kernel, GATHER_TILES[kind, narrow], shape, kind, x, weight, bias, y, relu)
+    tile = GATHER_TILES[kind, narrow]
+    even = shape.k % tile.block_n == 0
+    _launch_gather(gather_kernel, tile, shape, kind, x, weight, bias, y, relu, EVEN_K=even)
 
 
 def _gather_flat(shape, kind, x, weight, bias, y, relu):
     _launch_gather(gather_flat_kernel, FLAT_TILES[kind], shape, kind, x, weight, bias, y, relu)
 
 
-def _launch_gather(kernel, tile, shape, kind, x, weight, bias, y, relu):
+def _launch_gather(kernel, tile, shape, kind, x, weight, bias, y, relu, **constexprs):
     grid = (triton.cdiv(shape.n * shape.p * shape.q, tile.block_m) * triton.cdiv(shape.k, tile.block_n),)
     kernel[grid](
         x, *x.stride(), weight, bias, y, *y.stride(), shape.n, shape.h, shape.w, shape.k, shape.p, shape.q,
         C=shape.c, R=shape.r, S=shape.s, STRIDE_H=shape.stride[0], STRIDE_W=shape.stride[1],
         PAD_H=shape.padding[0], PAD_W=shape.padding[1],
         DILATION_H=shape.dilation[0], DILATION_W=shape.dilation[1],
-        HAS_BIAS=bias is not None, RELU=relu, PRECISION=_precision(kind), EVEN_K=shape.k % tile.block_n == 0,
+        HAS_BIAS=bias is not None, RELU=relu, PRECISION=precision(kind), **constexprs,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_C=tile.block_c,
         num_warps=NUM_WARPS, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -252,7 +256,7 @@ def _boxes(shape, kind, x, weight, bias, y, relu):
         k, p, q,
         C=c, R=r, S=s, PAD_H=shape.padding[0], PAD_W=shape.padding[1],
         DILATION_H=shape.dilation[0], DILATION_W=shape.dilation[1],
-        HAS_BIAS=bias is not None, RELU=relu, PRECISION=_precision(kind),
+        HAS_BIAS=bias is not None, RELU=relu, PRECISION=precision(kind),
         BOX_N=box[0], BOX_H=box[1], BOX_W=box[2], BLOCK_N=tile.block_n, BLOCK_C=tile.block_c,
         num_warps=NUM_WARPS, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -270,7 +274,7 @@ def _batch(shape, kind, x, weight, bias, y, relu):
         C=c, R=r, S=s, STRIDE_H=shape.stride[0], STRIDE_W=shape.stride[1],
         PAD_H=shape.padding[0], PAD_W=shape.padding[1],
         DILATION_H=shape.dilation[0], DILATION_W=shape.dilation[1],
-        HAS_BIAS=bias is not None, RELU=relu, PRECISION=_precision(kind),
+        HAS_BIAS=bias is not None, RELU=relu, PRECISION=precision(kind),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_C=tile.block_c,
         num_warps=NUM_WARPS, num_stages=tile.num_stages,
     )  # fmt: skip

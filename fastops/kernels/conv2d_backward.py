@@ -16,13 +16,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fastops.kernels.conv2d import NUM_WARPS, Tile, arithmetic, convolve
+from fastops.kernels._common import rounded, weight_operand
+from fastops.kernels.conv2d import NUM_WARPS, TRITON, Tile, arithmetic, convolve, precision
 from fastops.kernels.conv2d_layout import memory_format, new_maps
 
 # pixels, channels of the result, reduction step; for 16-bit, TF32 and IEEE fp32
 INPUT_TILES = {"16-bit": Tile(64, 64, 64, 3), "tf32": Tile(128, 64, 32, 3), "ieee": Tile(64, 64, 16, 2)}
 # filter elements, output channels, pixels of a reduction step
 WEIGHT_TILES = {"16-bit": Tile(64, 64, 64, 2), "tf32": Tile(64, 64, 32, 2), "ieee": Tile(32, 64, 16, 2)}
+# Triton 3.9 would rather spill than hold fewer blocks on a multiprocessor
+WEIGHT_OPTIONS = {"tf32": {"maxnreg": 128}} if TRITON >= (3, 9) else {}
 SPLIT_PIXELS = 4096  # pixels that one part sums at least; by shape alone, so that results repeat on every GPU
 MAX_SPLIT = 32
 
@@ -111,7 +114,7 @@ def weight_grad_kernel(
         inside = (rows >= 0) & (rows < H) & (columns >= 0) & (columns < W)
         mask = inside & exists[:, None] & (j < J)[None, :]
         x = tl.load(x_ptr + x_pixels[:, None] + x_taps[None, :], mask=mask, other=0.0)
-        acc = tl.dot(grad, x, acc, input_precision=PRECISION)
+        acc = tl.dot(grad, rounded(x, PRECISION), acc, input_precision=PRECISION)
     offsets = (part.to(tl.int64) * K + k.to(tl.int64))[:, None] * J + j[None, :]
     tl.store(part_ptr + offsets, acc, mask=(k < K)[:, None] & (j < J)[None, :])
 
@@ -138,10 +141,11 @@ def input_grad(
         return dx
     kind = arithmetic(grad.dtype)
     tile = INPUT_TILES[kind]
+    weight = weight_operand(weight.permute(2, 3, 0, 1).contiguous(), precision(kind))  # (R, S, K, C)
     input_grad_kernel[(triton.cdiv(n * size[0] * size[1], tile.block_m) * triton.cdiv(c, tile.block_n),)](
-        grad, *grad.stride(), weight.permute(2, 3, 0, 1).contiguous(), dx, *dx.stride(), n, *size, c, p, q,
+        grad, *grad.stride(), weight, dx, *dx.stride(), n, *size, c, p, q,
         K=k, R=r, S=s, STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0], PAD_W=padding[1],
-        DILATION_H=dilation[0], DILATION_W=dilation[1], PRECISION="tf32" if kind == "tf32" else "ieee",
+        DILATION_H=dilation[0], DILATION_W=dilation[1], PRECISION=precision(kind),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_C=tile.block_c,
         num_warps=NUM_WARPS, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -170,9 +174,9 @@ def weight_grad(
     weight_grad_kernel[(split * triton.cdiv(reduction, tile.block_m) * triton.cdiv(k, tile.block_n),)](
         x, *x.stride(), grad, *grad.stride(), parts, n, h, w, k, p, q, pixels,
         C=c, R=size[0], S=size[1], STRIDE_H=stride[0], STRIDE_W=stride[1], PAD_H=padding[0], PAD_W=padding[1],
-        DILATION_H=dilation[0], DILATION_W=dilation[1], PRECISION="tf32" if kind == "tf32" else "ieee",
+        DILATION_H=dilation[0], DILATION_W=dilation[1], PRECISION=precision(kind),
         BLOCK_J=tile.block_m, BLOCK_N=tile.block_n, BLOCK_M=tile.block_c,
-        num_warps=NUM_WARPS, num_stages=tile.num_stages,
+        num_warps=NUM_WARPS, num_stages=tile.num_stages, **WEIGHT_OPTIONS.get(kind, {}),
     )  # fmt: skip
     return dw.copy_(parts.sum(0).permute(0, 3, 1, 2))
 

@@ -10,7 +10,7 @@ import triton
 
 from fastops.kernels import conv2d, conv2d_backward, conv2d_boxes, conv2d_gather, epilogue
 from fastops.kernels._static import StaticCase
-from fastops.kernels.conv2d import Shape, Tile
+from fastops.kernels.conv2d import Shape, Tile, precision
 
 TMA_TARGETS = (90, 100)
 NAMES = {"16-bit": ("fp16", "bf16"), "tf32": ("fp32",), "ieee": ("fp32",)}
@@ -37,7 +37,7 @@ def _constexprs(shape: Shape, kind: str, tile: Tile, strides: bool = True) -> di
     values = {
         "C": shape.c, "R": shape.r, "S": shape.s,
         "PAD_H": shape.padding[0], "PAD_W": shape.padding[1], "DILATION_H": 1, "DILATION_W": 1,
-        "HAS_BIAS": True, "RELU": True, "PRECISION": _precision(kind),
+        "HAS_BIAS": True, "RELU": True, "PRECISION": precision(kind),
         "BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c,
     }  # fmt: skip
     if strides:
@@ -84,13 +84,14 @@ def _gather_cases() -> Iterator[StaticCase]:
     strides = [f"stride_{name}" for name in ("xn", "xh", "xw", "yn", "yp", "yq")]
     for form, kernel, shape, kind, tile in forms:
         even = ["stride_xn", *strides[3:]] if shape.c % 16 else strides
+        whole = {"EVEN_K": True} if form == "gather" else {}
         for dtype in NAMES[kind]:
             yield _case(
                     form, shape, kind, tile, dtype, kernel,
                     dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), f"*{dtype}")
                     | dict.fromkeys((*strides, "N", "H", "W", "K", "P", "Q"), "i32"),
                     _constexprs(shape, kind, tile)
-                    | {"stride_xc": 1, "stride_yk": 1, "EVEN_K": True, "BLOCK_M": tile.block_m},
+                    | {"stride_xc": 1, "stride_yk": 1, "BLOCK_M": tile.block_m} | whole,
                     divisible_by_16=("x_ptr", "w_ptr", "bias_ptr", "y_ptr", "K", *even),
                     grid=triton.cdiv(shape.n * shape.p * shape.q, tile.block_m) * triton.cdiv(shape.k, tile.block_n),
                 )  # fmt: skip
@@ -153,7 +154,7 @@ def _gradient_cases() -> Iterator[StaticCase]:
                 "input_grad", shape, kind, tile, dtype, conv2d_backward.input_grad_kernel,
                 dict.fromkeys(("grad_ptr", "w_ptr", "dx_ptr"), f"*{dtype}")
                 | dict.fromkeys((*even, "N", "H", "W", "C", "P", "Q"), "i32"),
-                window | {"stride_gk": 1, "stride_xc": 1, "K": shape.k, "PRECISION": _precision(kind)}
+                window | {"stride_gk": 1, "stride_xc": 1, "K": shape.k, "PRECISION": precision(kind)}
                 | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c},
                 divisible_by_16=("grad_ptr", "w_ptr", "dx_ptr", "C", *even),
                 grid=triton.cdiv(shape.n * shape.h * shape.w, tile.block_m) * triton.cdiv(shape.c, tile.block_n),
@@ -166,15 +167,12 @@ def _gradient_cases() -> Iterator[StaticCase]:
                 "weight_grad", shape, kind, tile, dtype, conv2d_backward.weight_grad_kernel,
                 dict.fromkeys(("x_ptr", "grad_ptr"), f"*{dtype}") | {"part_ptr": "*fp32"}
                 | dict.fromkeys((*even, "N", "H", "W", "K", "P", "Q", "pixels"), "i32"),
-                window | {"stride_gk": 1, "stride_xc": 1, "C": shape.c, "PRECISION": _precision(kind)}
+                window | {"stride_gk": 1, "stride_xc": 1, "C": shape.c, "PRECISION": precision(kind)}
                 | {"BLOCK_J": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_c},
                 divisible_by_16=("x_ptr", "grad_ptr", "part_ptr", "K", *even),
+                options=conv2d_backward.WEIGHT_OPTIONS.get(kind, {}),
                 grid=split * elements * triton.cdiv(shape.k, tile.block_n),
             )  # fmt: skip
-
-
-def _precision(kind: str) -> str:
-    return "tf32" if kind == "tf32" else "ieee"
 
 
 def _epilogue_cases() -> Iterator[StaticCase]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastops.kernels import rnn_plan, rnn_step
-from fastops.kernels._common import dot_precision, interpreted
+from fastops.kernels._common import dot_precision, interpreted, weight_operand
 from fastops.kernels.rnn_backward import backward_kernel
 from fastops.kernels.rnn_forward import forward_kernel
 from fastops.kernels.rnn_plan import SLOTS, Machine, Plan
@@ -66,7 +66,7 @@ def forward(
     errors = errors_of(input.device)
     x = _rows(input, batch_first, batch_rows)
     steps, batch = _steps_and_batch(input, batch_first)
-    directions, per = _directions(mode, weights)
+    directions, per = _directions(weights)
     hidden = weights[1].shape[1]
     slots = SLOTS[mode]
     ragged = lengths is not None
@@ -98,6 +98,7 @@ def forward(
         rnn_step.forward_steps(tensors, sizes, strides, steps, mode, ragged, save, math_of(input.dtype))
     else:
         plan = _plan(engine, mode, hidden, batch, directions, input, backward=False)
+        w_hh = weight_operand(w_hh, _precision(input.dtype))
         tensors = (gates, w_hh, b_hn, h_in, h_n, cell, output, before, cells, lengths, errors)
         kind = {"MODE": mode, "H": hidden, "RAGGED": ragged, "SAVE": save, "MATH": math_of(input.dtype)}
         kind["PRECISION"] = _precision(input.dtype)
@@ -181,7 +182,7 @@ def backward(
     """Gradients of input, h0, c0 and the weights, in that order; an empty tensor where `needs` says none is wanted."""
     errors = errors_of(input.device)
     steps, batch = _steps_and_batch(input, batch_first)
-    directions, per = _directions(mode, weights)
+    directions, per = _directions(weights)
     hidden = weights[1].shape[1]
     slots = SLOTS[mode]
     ragged = lengths is not None
@@ -198,6 +199,8 @@ def backward(
     if mode == "LSTM":
         start_c = input.new_zeros(shape) if c0 is None else c0.contiguous()
     w_hh = _recurrent_weights(weights, per, directions)
+    if engine != "step":
+        w_hh = weight_operand(w_hh, _precision(input.dtype))
     time, row = (1, 0) if batch_first else (0, 1)
     sizes = (steps, batch, steps * batch, 1 if batch_rows else batch, steps if batch_rows else 1)
     strides = (d_output.stride(time), d_output.stride(row), output.stride(time), output.stride(row))
@@ -270,7 +273,7 @@ def _steps_and_batch(input: Tensor, batch_first: bool) -> tuple[int, int]:
     return (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
 
 
-def _directions(mode: str, weights: list[Tensor]) -> tuple[int, int]:
+def _directions(weights: list[Tensor]) -> tuple[int, int]:
     """Number of directions, tensors per direction (w_ih, w_hh, and with biases b_ih, b_hh)."""
     has_bias = len(weights) > 2 and weights[2].dim() == 1
     per = 4 if has_bias else 2
