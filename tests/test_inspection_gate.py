@@ -1,6 +1,8 @@
 """The static gate: a planted spill and lost tensor cores must fail it, the shipped kernels must pass it."""
 
+import importlib
 import json
+import pkgutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import fastops.kernels
 from fastops.inspection import InspectionError, snapshot
 from fastops.inspection.api import inspect_cases
 from fastops.inspection.gpus import find_target
@@ -122,6 +125,22 @@ def shipped(capability, of_each_kernel=None):
         by_kernel = {name: cases[:: -(-len(cases) // of_each_kernel)] for name, cases in by_kernel.items()}
     cases = [case for cases in by_kernel.values() for case in cases]
     return inspect_cases(cases, [find_target(f"sm_{capability}")])
+
+
+def test_every_kernel_has_a_budget():
+    """Every jit function named *_kernel in fastops.kernels is compiled in some configuration."""
+    from fastops.inspection._source import function_of, is_kernel
+    from fastops.inspection.catalog import library_cases
+
+    written = set()
+    for found in pkgutil.iter_modules(fastops.kernels.__path__):
+        module = importlib.import_module(f"fastops.kernels.{found.name}")
+        written |= {function_of(value) for value in vars(module).values() if is_kernel(value)}
+    written = {f"{function.__module__}.{function.__name__}" for function in written}
+    listed = {function_of(case.kernel) for case in library_cases()}
+    listed = {f"{function.__module__}.{function.__name__}" for function in listed}
+    assert len(listed) > 20
+    assert {name for name in written if name.startswith("fastops.") and name.endswith("_kernel")} == listed
 
 
 def assert_within_budget(assessments):

@@ -8,11 +8,13 @@ from typing import Any
 import triton
 
 from fastops.kernels._static import StaticCase
-from fastops.kernels.attention_backward import attention_dkdv_kernel
+from fastops.kernels.attention_backward import attention_delta_kernel, attention_dkdv_kernel
 from fastops.kernels.attention_bias import attention_bias_kernel
 from fastops.kernels.attention_configs import Config, Form, configuration
 from fastops.kernels.attention_dq import attention_dq_kernel
 from fastops.kernels.attention_forward import attention_forward_kernel
+from fastops.kernels.attention_keys import attention_keys_kernel
+from fastops.kernels.attention_problem import PAD
 
 KERNELS = {
     "forward": attention_forward_kernel,
@@ -71,7 +73,65 @@ def static_cases() -> list[StaticCase]:
     for head_dim in (64, 128, 256):
         for sm in (80, 90):
             cases += _cases("bias", head_dim, "fp16", ("float mask",), sm=sm, tma=False)
-    return cases
+    for head_dim, dtype, form in ((64, "fp16", ""), (128, "bf16", "packed"), (256, "fp16", "padded"), (64, "fp32", "")):
+        cases.append(_delta_case(head_dim, dtype, form))
+    return [*cases, *(_keys_case(dtype) for dtype in ("bool", "fp16", "fp32"))]
+
+
+def _delta_case(head_dim: int, dtype: str, form: str) -> StaticCase:
+    flags = {**OFF, **FORMS[form]}
+    constexprs: dict[str, Any] = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_M": PAD,
+        "HAS_GRAD_LSE": dtype == "fp32",
+        "HAS_QUERY_LENGTHS": flags["HAS_QUERY_LENGTHS"],
+        "VARLEN": flags["VARLEN"],
+        "WIDE": False,
+    }
+    if not flags["VARLEN"]:
+        constexprs["stride_ls"] = 1
+    return _row_case(
+        f"attention.delta[{head_dim},{dtype},{form or 'dense'}]", attention_delta_kernel, dtype, constexprs,
+        8 if head_dim >= 64 else 4, 64 * 12 * 512 // PAD, f"B=64 H=12 S=512 D={head_dim}",
+    )  # fmt: skip
+
+
+def _keys_case(dtype: str) -> StaticCase:
+    constexprs = {"stride_mn": 1, "BOOL": dtype == "bool", "BLOCK": 1024}
+    kind = "u8" if dtype == "bool" else dtype
+    return _row_case(
+        f"attention.keys[{dtype}]", attention_keys_kernel, kind, constexprs, 4, 64, "B=64 S=512, one row for all heads"
+    )
+
+
+def _row_case(
+    name: str, function: Any, dtype: str, constexprs: dict[str, Any], num_warps: int, grid: int, sample: str
+) -> StaticCase:
+    """A kernel without products, in the one configuration that every GPU runs."""
+    signature = {}
+    for argument in function.arg_names:
+        if argument in constexprs:
+            continue
+        if argument in (*SUMS, "grad_lse_ptr", "bias_ptr"):
+            signature[argument] = "*fp32"
+        elif argument in (*INTEGERS, "range_ptr"):
+            signature[argument] = "*i32"
+        elif argument.endswith("_ptr"):
+            signature[argument] = f"*{dtype}"
+        else:
+            signature[argument] = "fp32" if argument in REALS else "i32"
+    aligned = [n for n in signature if n.endswith("_ptr") or n.startswith("stride_") or n == "Sq_pad"]
+    return StaticCase(
+        name=name,
+        kernel=function,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=num_warps,
+        divisible_by_16=tuple(aligned),
+        grid=grid,
+        sample=sample,
+    )
 
 
 def _cases(kernel: str, head_dim: int, dtype: str, forms: Iterable[str], *, sm: int, tma: bool) -> list[StaticCase]:
@@ -119,12 +179,11 @@ def _case(
         "LAG": config.lag,
         "LEAN": config.lean,
         "ALIGNED_DIAGONAL": config.block_n % config.block_m == 0 and not flags["VARLEN"],
-        "stride_ls": flags["VARLEN"] or 1,
         "stride_mn": 1,
     }
+    if not flags["VARLEN"]:
+        flags["stride_ls"] = 1
     flags = {name: value for name, value in flags.items() if name in function.arg_names}
-    if flags.get("VARLEN"):
-        flags.pop("stride_ls", None)
     signature: dict[str, str] = {}
     divisible = []
     for name in function.arg_names:

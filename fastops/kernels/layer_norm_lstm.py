@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import triton
 
-from fastops.kernels._common import dot_precision
+from fastops.kernels._common import dot_precision, weight_operand
 from fastops.kernels._static import StaticCase
 from fastops.kernels.layer_norm_lstm_row import clamp_lengths_kernel
 from fastops.kernels.layer_norm_lstm_small import small_backward_kernel, small_forward_kernel
@@ -45,11 +45,14 @@ def _step_warps(block_h: int) -> int:
     return min(16, max(1, block_h // 128))
 
 
-def _small_options(block_h: int, backward: bool, plain: bool = True) -> dict[str, int]:
+def _small_options(block_h: int, itemsize: int, backward: bool, plain: bool = True) -> dict[str, int]:
     # one stage: loads kept in flight would need the shared memory that W_hh is in
     if block_h > 64 and plain:  # masks and lengths would spill the half of the registers that 16 warps have each
         return {"num_warps": 16, "num_stages": 1}
-    return {"num_warps": 8 if block_h > (32 if backward else 64) else 4, "num_stages": 1}
+    options = {"num_warps": 8 if block_h > (32 if backward else 64) else 4, "num_stages": 1}
+    if itemsize == 4 and not plain:  # the assembler would rather spill than let fewer programs share a multiprocessor
+        options["maxnreg"] = 255
+    return options
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -125,12 +128,15 @@ def forward(
         "BLOCK_H": _block_h(hidden),
     }
     gates_at, output_at = _time_and_batch(gates, batch_first), _time_and_batch(output, batch_first)
-    if engine == "small":
+    # with masks, wide tiles keep their registers only where each step's states are written: a call that saves nothing,
+    # training without gradients, goes step by step
+    if engine == "small" and (save or mask_h is None or options["BLOCK_H"] <= 64):
+        w_hh = weight_operand(w_hh, _precision(gates.dtype))
         small_forward_kernel[(triton.cdiv(batch, BLOCK_B),)](
             gates, *gates_at, w_hh, gain, gain_c, bias_c, h0, c0, output, *output_at, h_n, c_n, h, c, product,
             mask_h, mask_c, lengths, keep_h, keep_c, eps, steps, batch, hidden,
             SAVE=save, PRECISION=_precision(gates.dtype), BLOCK_B=BLOCK_B, **options,
-            **_small_options(options["BLOCK_H"], False, mask_h is None and lengths is None),
+            **_small_options(options["BLOCK_H"], gates.element_size(), False, mask_h is None and lengths is None),
         )  # fmt: skip
         return output, h_n, c_n, h, c, product
     # without a backward pass to come, two slabs of states take turns and one holds the product
@@ -200,11 +206,12 @@ def backward(
     }
     gates_at, given_at = _time_and_batch(gates, batch_first), _time_and_batch(grad_output, batch_first)
     if small:
+        w_hh = weight_operand(w_hh, _precision(gates.dtype))
         small_backward_kernel[(programs,)](
             gates, *gates_at, w_hh, gain, gain_c, bias_c, c, product, grad_output, *given_at, mask_h, mask_c, lengths,
             grad_gates, *gates_at, grad_product, grad_h, grad_c, sums, keep_h, keep_c, eps, steps, batch, hidden,
             PRECISION=_precision(gates.dtype), BLOCK_B=BLOCK_B, **options,
-            **_small_options(options["BLOCK_H"], True),
+            **_small_options(options["BLOCK_H"], gates.element_size(), True),
         )  # fmt: skip
         return grad_gates, grad_product, grad_h.to(gates.dtype), grad_c.to(gates.dtype), sums.sum(0)
     through = gates.new_empty((batch, hidden))
@@ -220,56 +227,91 @@ def backward(
     return grad_gates, grad_product, (grad_h + through).to(gates.dtype), grad_c.to(gates.dtype), sums.sum(0)
 
 
+# (kernels, hidden, dtype, words): "masks" in training, "ragged" with lengths, "reverse", "save" for backward, "tf32"
+STATIC = [
+    *((small_forward_kernel, hidden, "fp16", "save") for hidden in (32, 64, 128)),
+    *((small_backward_kernel, hidden, "fp16", "") for hidden in (32, 64)),
+    (small_forward_kernel, 32, "fp32", "save"),
+    (small_backward_kernel, 32, "fp32", ""),
+    *((kernel, hidden, "fp16", "") for kernel in (step_forward_kernel, step_backward_kernel) for hidden in (512, 1024)),
+    *((kernel, 1024, "fp32", "") for kernel in (step_forward_kernel, step_backward_kernel)),
+    (small_forward_kernel, 64, "fp16", "save masks ragged reverse"),
+    (small_forward_kernel, 128, "fp16", "save masks ragged reverse"),
+    (small_forward_kernel, 128, "bf16", "save masks ragged reverse"),
+    (small_forward_kernel, 128, "fp16", "save masks"),
+    (small_forward_kernel, 128, "fp16", "ragged reverse"),
+    (small_forward_kernel, 32, "fp32", "save tf32 masks ragged reverse"),
+    (small_backward_kernel, 64, "fp16", "masks ragged reverse"),
+    (small_backward_kernel, 64, "bf16", "masks ragged reverse"),
+    (small_backward_kernel, 32, "fp32", "tf32 masks ragged reverse"),
+    *((kernel, 1024, "fp16", "masks ragged reverse") for kernel in (step_forward_kernel, step_backward_kernel)),
+    *((kernel, 1024, "fp32", "masks ragged reverse") for kernel in (step_forward_kernel, step_backward_kernel)),
+]
+SINGLE = ("c_ptr", "c_out_ptr", "grad_h_ptr", "grad_c_ptr", "sums_ptr")
+
+
 def static_cases() -> list[StaticCase]:
-    """Both forms at the sizes where they change shape."""
-    cases = []
-    for kernel, hidden, dtype in (
-        *((small_forward_kernel, h, "fp16") for h in (32, 64, 128)),
-        *((small_backward_kernel, h, "fp16") for h in (32, 64)),
-        *((k, 32, "fp32") for k in (small_forward_kernel, small_backward_kernel)),
-        *((k, h, "fp16") for k in (step_forward_kernel, step_backward_kernel) for h in (512, 1024)),
-        *((k, 1024, "fp32") for k in (step_forward_kernel, step_backward_kernel)),
-    ):
-        small, block_h = "small" in kernel.__name__, _block_h(hidden)
-        absent = ("mask_h_ptr", "mask_c_ptr", "lengths_ptr")
-        single = {"c_ptr", "c_out_ptr", "grad_h_ptr", "grad_c_ptr", "sums_ptr"} - ({"c0_ptr"} if small else set())
-        constexprs: dict[str, Any] = {
-            **dict.fromkeys(absent),
-            "HAS_MASKS": False,
-            "RAGGED": False,
-            "REVERSE": False,
-            "SAVE": True,
-            "FIRST": False,
-            "PRECISION": "ieee",
-            "BLOCK_B": BLOCK_B,
-            "BLOCK_H": block_h,
-        }
-        constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-        signature = {}
-        for name in kernel.arg_names:
-            if name in constexprs:
-                continue
-            if name.endswith("_ptr"):
-                signature[name] = "*fp32" if name in single else f"*{dtype}"
-            else:
-                signature[name] = "fp32" if name in ("keep_h", "keep_c", "eps") else "i32"
-        aligned = [n for n in signature if n.endswith("_ptr") or n.startswith("stride_") or n in ("hidden", "batch")]
-        options = {"num_warps": _step_warps(block_h)}
-        if small:
-            options = _small_options(block_h, "backward" in kernel.__name__)
-        cases.append(
-            StaticCase(
-                name=f"layer_norm_lstm.{kernel.__name__.removesuffix('_kernel')}[H{hidden},{dtype}]",
-                kernel=kernel,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=options.pop("num_warps"),
-                num_stages=options.pop("num_stages", 3),
-                options=options,
-                divisible_by_16=tuple(aligned),
-                targets=(80, 90, 100) if small and block_h > 64 else (80, 86, 90, 100),
-                grid=4 if small else 64,
-                sample=f"B=64, H={hidden}",
-            )
-        )
-    return cases
+    """Both forms at the sizes where they change shape, plain and with all that a call may add."""
+    return [*(_case(*row) for row in STATIC), _lengths_case()]
+
+
+def _case(kernel: Any, hidden: int, dtype: str, words: str) -> StaticCase:
+    small, block_h = "small" in kernel.__name__, _block_h(hidden)
+    masks, ragged = "masks" in words, "ragged" in words
+    constexprs: dict[str, Any] = {
+        "HAS_MASKS": masks,
+        "RAGGED": ragged,
+        "REVERSE": "reverse" in words,
+        "SAVE": "save" in words,
+        "FIRST": False,
+        "PRECISION": "tf32" if "tf32" in words else "ieee",
+        "BLOCK_B": BLOCK_B,
+        "BLOCK_H": block_h,
+    }
+    if not masks:
+        constexprs |= {"mask_h_ptr": None, "mask_c_ptr": None}
+    if not ragged:
+        constexprs["lengths_ptr"] = None
+    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
+    types = dict.fromkeys(SINGLE, "*fp32") | dict.fromkeys(("mask_h_ptr", "mask_c_ptr"), "*i1")
+    types |= {"lengths_ptr": "*i32"} | dict.fromkeys(("keep_h", "keep_c", "eps"), "fp32")
+    signature = {
+        name: types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+        if name not in constexprs
+    }
+    aligned = [n for n in signature if n.endswith("_ptr") or n.startswith("stride_") or n in ("hidden", "batch")]
+    options = {"num_warps": _step_warps(block_h)}
+    if small:
+        backward = "backward" in kernel.__name__
+        plain = backward or not (masks or ragged)
+        options = _small_options(block_h, 4 if dtype == "fp32" else 2, backward, plain)
+    # a call that saves is the usual one, so that is not said
+    more = ["no save"] if "SAVE" in constexprs and "save" not in words else []
+    label = ",".join([f"H{hidden}", dtype, *more, *(word for word in words.split() if word != "save")])
+    return StaticCase(
+        name=f"layer_norm_lstm.{kernel.__name__.removesuffix('_kernel')}[{label}]",
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=options.pop("num_warps"),
+        num_stages=options.pop("num_stages", 3),
+        options=options,
+        divisible_by_16=tuple(aligned),
+        targets=(80, 90, 100) if small and block_h > 64 else (80, 86, 90, 100),
+        grid=4 if small else 64,
+        sample=f"B=64, H={hidden}",
+    )
+
+
+def _lengths_case() -> StaticCase:
+    pointers = {"lengths_ptr": "*i64", "found_ptr": "*i32", "error_ptr": "*i32"}
+    return StaticCase(
+        name="layer_norm_lstm.clamp_lengths[i64]",
+        kernel=clamp_lengths_kernel,
+        signature={**pointers, "steps": "i32", "batch": "i32"},
+        constexprs={"BLOCK": 1024},
+        divisible_by_16=tuple(pointers),
+        grid=1,
+        sample="B=64",
+    )

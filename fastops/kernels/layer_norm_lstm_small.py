@@ -64,41 +64,58 @@ def small_forward_kernel(
     w_o = _weight(w_ptr, 3, hidden, columns, inputs)
     gain_i, gain_f, gain_g, gain_o, gain_c, bias_c = load_gains(gain_ptr, gain_c_ptr, bias_c_ptr, columns, hidden)
     wide = rows.to(tl.int64)[:, None]
-    state = wide * hidden + columns
+    # within the tile, from 64-bit pointers that step on by slabs: half the registers of addresses
+    state = tl.arange(0, BLOCK_B)[:, None] * hidden + columns
+    product = tl.arange(0, BLOCK_B)[:, None] * 4 * hidden + columns
     slab = tl.cast(batch, tl.int64) * hidden
-    h = tl.load(h0_ptr + state, mask=inside, other=0.0).to(tl.float32)
+    first = tl.cast(tl.program_id(0), tl.int64) * BLOCK_B * hidden
+    h0_ptr += first
+    c0_ptr += first
+    h_n_ptr += first
+    c_n_ptr += first
+    if HAS_MASKS:
+        mask_h_ptr += first
+        mask_c_ptr += first
+    if SAVE:
+        h_ptr += first
+        c_ptr += first
+        product_ptr += 4 * first
+    # h goes on from step to step as it is stored
+    h = tl.load(h0_ptr + state, mask=inside, other=0.0)
     c = tl.load(c0_ptr + state, mask=inside, other=0.0).to(tl.float32)
     if SAVE:
-        tl.store(h_ptr + state, h.to(h_ptr.dtype.element_ty), mask=inside)
+        tl.store(h_ptr + state, h, mask=inside)
         tl.store(c_ptr + state, c, mask=inside)
     last = _last_step(rows, batch, steps, lengths_ptr, RAGGED)
     for step in range(last):
         time, running = place(step, rows, batch, steps, lengths_ptr, RAGGED, REVERSE)
         time, running = time[:, None], running[:, None]
         xi, xf, xg, xo = load_gates(gates_ptr, time * stride_gt + wide * stride_gb + columns, hidden, inside & running)
-        narrow = h.to(w_ptr.dtype.element_ty)
-        ai = tl.dot(narrow, w_i, input_precision=PRECISION)
-        af = tl.dot(narrow, w_f, input_precision=PRECISION)
-        ag = tl.dot(narrow, w_g, input_precision=PRECISION)
-        ao = tl.dot(narrow, w_o, input_precision=PRECISION)
-        before = step * slab + state
+        ai = tl.dot(h, w_i, input_precision=PRECISION)
+        af = tl.dot(h, w_f, input_precision=PRECISION)
+        ag = tl.dot(h, w_g, input_precision=PRECISION)
+        ao = tl.dot(h, w_o, input_precision=PRECISION)
         if SAVE:
-            store_gates(product_ptr, 4 * step * slab + wide * 4 * hidden + columns, hidden, ai, af, ag, ao, inside)
-        k_h = keep_factor(mask_h_ptr, keep_h, before, inside, HAS_MASKS)
-        k_c = keep_factor(mask_c_ptr, keep_c, before, inside, HAS_MASKS)
-        h, c = row_forward(
+            store_gates(product_ptr, product, hidden, ai, af, ag, ao, inside)
+            product_ptr += 4 * slab
+        k_h = keep_factor(mask_h_ptr, keep_h, state, inside, HAS_MASKS)
+        k_c = keep_factor(mask_c_ptr, keep_c, state, inside, HAS_MASKS)
+        if HAS_MASKS:
+            mask_h_ptr += slab
+            mask_c_ptr += slab
+        new_h, c = row_forward(
             xi, xf, xg, xo, ai, af, ag, ao, gain_i, gain_f, gain_g, gain_o, gain_c, bias_c,
-            h, c, k_h, k_c, running, tile, hidden, eps,
+            h.to(tl.float32), c, k_h, k_c, running, tile, hidden, eps,
         )  # fmt: skip
-        narrow = h.to(output_ptr.dtype.element_ty)
-        h = narrow.to(tl.float32)
+        h = new_h.to(h.dtype)
         if SAVE:
-            tl.store(h_ptr + before + slab, narrow, mask=inside)
-            tl.store(c_ptr + before + slab, c, mask=inside)
-        seen = tl.where(running, h, 0.0).to(output_ptr.dtype.element_ty)
+            h_ptr += slab
+            c_ptr += slab
+            tl.store(h_ptr + state, h, mask=inside)
+            tl.store(c_ptr + state, c, mask=inside)
+        seen = tl.where(running, h, 0.0).to(h.dtype)
         tl.store(output_ptr + time * stride_ot + wide * stride_ob + columns, seen, mask=inside)
-    narrow = h.to(output_ptr.dtype.element_ty)
-    tl.store(h_n_ptr + state, narrow, mask=inside)
+    tl.store(h_n_ptr + state, h, mask=inside)
     tl.store(c_n_ptr + state, c.to(c_n_ptr.dtype.element_ty), mask=inside)
     if RAGGED:
         nothing = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
@@ -108,8 +125,8 @@ def small_forward_kernel(
             at = tl.cast(step, tl.int64) * stride_ot + wide * stride_ob + columns
             tl.store(output_ptr + at, nothing.to(output_ptr.dtype.element_ty), mask=inside)
             if SAVE:  # a factor of the weight gradient, where the other factor is 0
-                after = (step + 1) * slab + state
-                tl.store(h_ptr + after, nothing.to(h_ptr.dtype.element_ty), mask=inside)
+                h_ptr += slab
+                tl.store(h_ptr + state, nothing.to(h_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -51,6 +51,14 @@ BACKWARD = [
     ("small", "LSTM", 128, 64, 1, "bf16", False, (90,)),
     ("small", "GRU", 128, 64, 2, "bf16", True, (90,)),
 ]
+# (mode, dtype, ragged)
+STEP = [
+    ("LSTM", "fp16", False),
+    ("LSTM", "fp32", True),
+    ("GRU", "fp16", False),
+    ("GRU", "bf16", True),
+    ("RNN_TANH", "fp16", False),
+]
 
 
 def static_cases() -> list[StaticCase]:
@@ -64,7 +72,7 @@ def static_cases() -> list[StaticCase]:
         for target in targets:
             plan = _plan(engine, mode, hidden, batch, directions, dtype, target, backward=True)
             cases.append(backward_case(plan, mode, hidden, batch, directions, dtype, ragged, target))
-    return [*cases, *(_step_case(mode, back) for mode in ("LSTM", "GRU", "RNN_TANH") for back in (False, True))]
+    return [*cases, *(_step_case(*case, backward) for case in STEP for backward in (False, True))]
 
 
 def forward_case(
@@ -175,7 +183,7 @@ def _aligned(signature: dict[str, str]) -> tuple[str, ...]:
     return tuple(name for name in signature if name.endswith("_ptr") or name in ALIGNED)
 
 
-def _step_case(mode: str, backward: bool) -> StaticCase:
+def _step_case(mode: str, dtype: str, ragged: bool, backward: bool) -> StaticCase:
     hidden, batch = 2048, 64
     kernel = rnn_step.step_backward_kernel if backward else rnn_step.step_forward_kernel
     constexprs = {
@@ -183,14 +191,15 @@ def _step_case(mode: str, backward: bool) -> StaticCase:
         "H": hidden,
         "BLOCK_B": rnn_step.BLOCK_B,
         "BLOCK_H": rnn_step.BLOCK_H,
-        "RAGGED": False,
-        "MATH": "fast",
+        "RAGGED": ragged,
+        "MATH": MATH[dtype],
     }
     if not backward:
         constexprs["SAVE"] = True
-    signature = _signature(kernel, constexprs, "fp16")
+    signature = _signature(kernel, constexprs, dtype)
+    label = ",".join((mode, f"H{hidden}", dtype, *(["ragged"] if ragged else [])))
     return StaticCase(
-        name=f"rnn.step_{'backward' if backward else 'forward'}[{mode},H{hidden},fp16]",
+        name=f"rnn.step_{'backward' if backward else 'forward'}[{label}]",
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,
