@@ -109,7 +109,12 @@ def may_read_values() -> bool:
 
     Under torch.compile, torch.jit.trace, and a dispatch mode, as torch.fx's make_fx is.
     """
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack())
+    return not (torch.compiler.is_compiling() or jit_tracing() or torch._C._len_torch_dispatch_stack())
+
+
+def jit_tracing() -> bool:
+    """Whether torch.jit.trace is at work."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 KNOWN_IMPLS = ("auto", "triton", "hybrid", "persistent", "small", "step", "torch")

@@ -100,3 +100,15 @@ def test_second_derivatives_use_the_same_mask(device):
     for a, b in zip(by_kernel, by_reference, strict=True):
         assert b.requires_grad
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_the_lse_where_all_is_dropped(device):
+    q, k, v = (torch.randn(1, 2, 5, 16, device=device, requires_grad=True) for _ in range(3))
+
+    def gradients(impl):
+        _, lse = fastops.scaled_dot_product_attention(q, k, v, dropout_p=1.0, return_lse=True, impl=impl)
+        return torch.autograd.grad(lse.sum(), (q, k))
+
+    for ours, stock in zip(gradients("triton"), gradients("torch"), strict=True):
+        assert stock.abs().max() > 0.1
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)

@@ -17,6 +17,7 @@ from fastops import _env
 from fastops._accelerate import huggingface, swap
 from fastops._accelerate.plan import check_module, chosen_ops, plan, why_no_kernel
 from fastops._accelerate.report import Report
+from fastops.nn._impl import WAS
 
 __all__ = ["Report", "accelerate", "accelerated", "explain", "restore"]
 
@@ -121,7 +122,7 @@ def _undo(changed: Iterable[nn.Module], before: dict[nn.Module, tuple[str, ...]]
 
 
 def _changed(module: nn.Module) -> bool:
-    return swap.WAS in module.__dict__ or huggingface.switched(module)
+    return WAS in module.__dict__ or huggingface.switched(module)
 
 
 def _accelerate(

@@ -92,11 +92,13 @@ def backward(
             x.zero_()
         return dq, dk, dv, dmask
     keep = keep_probability(p.dropout_p)
+    if not keep:  # nothing of the output is left, and the gradient is that of the LSE alone
+        grad_out, keep = torch.zeros_like(grad_out), 1.0
     lse2, delta, row_pad = row_terms(p, grad_out, grad_lse, out, lse, keep)
     shared = {**p.flags(), "WIDE": p.is_wide(grad_out)}
     inputs = (p.query, p.key, p.value, grad_out)
     tma = p.may_use_tma(*inputs)
-    value_scale = 1.0 / keep if keep else 0.0
+    value_scale = 1.0 / keep
     tail = (p.softcap, p.left, p.right, threshold_bits(p.dropout_p))
 
     config = p.configuration("dkdv", tma)

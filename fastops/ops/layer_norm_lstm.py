@@ -18,7 +18,8 @@ few rows is a matter of chance, in PyTorch as here.
 
 All steps run in one launch where W_hh fits one program, which normalises whole rows: 8 H^2 bytes in half precision are
 128 KiB at H = 128 and 512 KiB, more than any GPU has on chip, at 256. Backward, W_hh of 128 leaves too few registers
-for the sums of the gains: it takes two launches a step above H = 64.
+for the sums of the gains: it takes two launches a step above H = 64. So does a forward pass above H = 64
+with masks that saves nothing.
 
 References: Ba, Kiros & Hinton 2016 (arXiv 1607.06450), equations 20 to 22; Krueger et al. 2016 (arXiv 1606.01305).
 """

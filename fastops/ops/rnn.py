@@ -78,7 +78,7 @@ def why_not(
     transform = _library.why_no_transform()
     if transform is not None:
         return transform
-    if torch.jit.is_tracing():
+    if _env.jit_tracing():
         return "torch.jit.trace records sizes as tensors, of which no tile sizes follow"
     if input.numel() == 0:
         return f"the input is empty: {tuple(input.shape)}"
