@@ -56,6 +56,7 @@ def _table() -> Iterator[Case]:
     yield from _attention()
     yield from _bert()
     yield from _rnn()
+    yield from _cells()
     yield from _lstm_models()
     yield from _published()
 
@@ -213,6 +214,20 @@ def _rnn() -> Iterator[Case]:
             name += " ragged" if further.get("ragged") else ""
             quick = (kind, steps, batch, dtype) == ("lstm", 128, 64, "bf16") and hidden == 512 and not further
             yield Case("rnn", name, dtype, mode, shape, _suites("quick") if quick else ("full",))
+
+
+# kind, batch, input size, hidden size
+CELL_SHAPES = (("lstm", 64, 512, 512), ("gru", 64, 512, 512), ("lstm", 1, 1024, 1024), ("rnn", 64, 512, 512))
+
+
+def _cells() -> Iterator[Case]:
+    for dtype in ("bf16", "fp16", "fp32"):
+        for mode in ("infer", "train"):
+            for kind, batch, inputs, hidden in CELL_SHAPES:
+                shape = {"kind": kind, "batch": batch, "inputs": inputs, "hidden": hidden}
+                quick = (kind, batch, dtype) == ("lstm", 64, "bf16")
+                suites = _suites("quick") if quick else ("full",)
+                yield Case("rnn_cell", f"{kind} {batch}x{inputs}x{hidden}", dtype, mode, shape, suites)
 
 
 def _published() -> Iterator[Case]:

@@ -62,7 +62,7 @@ def stages(out: Path) -> list[Stage]:
     for name, ops, share in (
         ("conv", ("alexnet", "conv2d_relu", "conv2d_relu_max_pool2d"), 140.0),
         ("attention", ("attention", "varlen_attention", "bert"), 110.0),
-        ("rnn", ("rnn", "lstm_model"), 110.0),
+        ("rnn", ("rnn", "rnn_cell", "lstm_model"), 110.0),
     ):
         arguments = ["-m", "bench", "run", "--suite", "full", "--quick", "--device", "cuda"]
         arguments += ["--json", str(out / f"{name}.json")]

@@ -30,6 +30,10 @@ def rnn_case(mode="infer", kind="lstm", **shape):
     return Case("rnn", "tiny", "fp32", mode, {**base, **shape})
 
 
+def cell_case(mode, kind):
+    return Case("rnn_cell", "tiny", "fp32", mode, {"kind": kind, "batch": 3, "inputs": 4, "hidden": 6})
+
+
 @pytest.mark.parametrize("size", [5, 6, 13])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("stride", [1, 2, 4])
@@ -128,6 +132,21 @@ def test_conv_with_pool(mode):
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_rnn(kind, shape, mode):
     gate(rnn_case(mode, kind, **shape))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("mode", ["infer", "fwd", "train", "bwd"])
+def test_cells(kind, mode):
+    gate(cell_case(mode, kind))
+
+
+def test_cell_formulas():
+    work, case = workloads.workload("rnn_cell"), cell_case("infer", "lstm")
+    weights = (4 + 6) * 4 * 6
+    assert work.flops(case) == 2 * 3 * weights
+    assert work.flops(cell_case("train", "lstm")) == 3 * work.flops(case)
+    assert work.bytes(case) == 4 * (weights + 3 * 4 + 2 * 2 * 3 * 6)
+    assert work.bytes(cell_case("infer", "gru")) == 4 * ((4 + 6) * 3 * 6 + 3 * 4 + 2 * 3 * 6)
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -200,6 +201,22 @@ def test_every_op_explains_itself_and_every_engine_is_known():
     assert {impl for module in ops.modules() for impl in module.IMPLS} == set(_env.KNOWN_IMPLS)
 
 
+def test_everything_that_computes_is_fuzzed_and_every_op_is_measured():
+    """What is new would be left out of both without a word."""
+    import fastops
+    from fastops import ops
+
+    def words_in(folder):
+        return set(re.findall(r"\w+", " ".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py"))))
+
+    functions = {name for name in fastops.__all__ if inspect.isfunction(getattr(fastops, name))}
+    tools = {"accelerate", "accelerated", "explain", "profile", "restore"}  # they compute nothing themselves
+    assert tools <= set(fastops.__all__)
+    assert (functions - tools) | set(fastops.nn.__all__) <= words_in(ROOT / "tests" / "fuzz")
+    measured_as = {"layer_norm_lstm": "LayerNormLSTM"}
+    assert {measured_as.get(name, name) for name in ops.NAMES} <= words_in(ROOT / "bench" / "workloads")
+
+
 def test_what_is_mutated_is_there():
     """Functions that were renamed, and tests that moved, would drop out of `make mutation` without a word."""
     spec = importlib.util.spec_from_file_location("mutation", ROOT / ".ci" / "mutation.py")
@@ -215,6 +232,10 @@ def test_what_is_mutated_is_there():
         for test in tests:
             path, _, name = test.partition("::")
             assert f"def {name}" in (ROOT / path).read_text(encoding="utf-8"), test
+    from fastops import ops
+
+    for name in ops.NAMES:
+        assert {"why_not", "choose"} & mutated[f"fastops/ops/{name}.py"], f"no test of {name}'s dispatch is doubted"
     for file, labels in json.loads(mutation.SURVIVORS.read_text(encoding="utf-8")).items():
         assert {label.split(":")[0] for label in labels} <= mutated[file]
     with pytest.raises(ValueError, match=r"rnn_check\.py has no function nonsense"):

@@ -16,6 +16,7 @@ TABLE = {
     "attention": "bench.workloads.attention:ATTENTION",
     "varlen_attention": "bench.workloads.attention:VARLEN",
     "rnn": "bench.workloads.rnn:RNN",
+    "rnn_cell": "bench.workloads.rnn_cell:CELL",
 }
 
 

@@ -104,12 +104,9 @@ class Rnn:
         else:
             made = getattr(nn, CLASSES[s["kind"]])
             arguments |= {"num_layers": s["layers"], "bidirectional": s["bidirectional"]}
-        state = torch.get_rng_state()
-        try:
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module: nn.Module = made(s["inputs"], s["hidden"], **arguments, **extra)
-        finally:
-            torch.set_rng_state(state)
         return module.to(case.torch_dtype).to(device)
 
     def _built(self, case: Case, module: nn.Module, packed: bool) -> Built:
