@@ -184,6 +184,7 @@ def test_budget_cuts_off_and_says_so(toys, tmp_path, capsys):
         (["--suite", "quik"], "unknown suite 'quik'; did you mean quick"),
         (["--op", "conv2drelu"], "unknown op 'conv2drelu'; did you mean conv2d_relu"),
         (["-k", "alexnet.conv9"], "unknown case"),
+        (["--op", "rnn_cell", "-k", "gru 64 bf16 infer"], "did you mean rnn_cell/gru 64x512x512/bf16/infer"),
         (
             ["--suite", "cpu", "--op", "attention", "--providers", "fastop"],
             "unknown provider 'fastop'; did you mean fastops",

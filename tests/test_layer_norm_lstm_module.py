@@ -207,6 +207,8 @@ def test_errors():
         (lambda: module(torch.randn(3)), ValueError),
         (lambda: module(torch.randn(5, 2, 7)), RuntimeError),
         (lambda: module(x.double()), ValueError),
+        (lambda: module(x[:0]), RuntimeError),
+        (lambda: module(x[:0], lengths=torch.tensor([0, 0])), RuntimeError),
         (lambda: module(x, (zeros[0], zeros[0])), RuntimeError),
         (lambda: module(x, (zeros, torch.zeros(1, 3, 4))), RuntimeError),
         (lambda: module(x, lengths=torch.tensor([6, 1])), ValueError),

@@ -121,7 +121,7 @@ def _select(arguments: argparse.Namespace, device: str) -> list[Case]:
     if not chosen:
         where = f"suite {suite!r}" + (f", op {' or '.join(arguments.ops)}" if arguments.ops else "")
         if arguments.words:
-            ids = [case.id for case in cases.all_cases()]
+            ids = [case.id for case in cases.all_cases() if case.op in (arguments.ops or workloads.TABLE)]
             raise common.unknown(f"case (in {where})", " ".join(arguments.words), ids)
         raise common.CannotError(f"{where} has no cases")
     return chosen

@@ -155,6 +155,8 @@ class LayerNormLSTM(_Recurrent):
         self, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Any, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One layer over a time-major input."""
+        if x.shape[0] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # as torch.nn.LSTM
         device = x.device.type
         if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):  # of others (meta) one may not ask
             dtype = torch.get_autocast_dtype(device)

@@ -305,6 +305,7 @@ LAYER_NORM_WRONG = {
     "state dtype": HIDDEN,
     "one state": HIDDEN,
     "zoneout": ("zoneout",),
+    "no steps": ("sequence length",),
     **dict.fromkeys(WRONG_LENGTHS, ("lengths",)),
 }
 
@@ -320,6 +321,7 @@ def layer_norms(draw: Any, impls: tuple[str, ...], dtypes: Any) -> LayerNorm:
     if options["num_layers"] > 1:
         options["dropout"] = draw(st.sampled_from([0.0, 0.5 if SEEDED_DROPOUT else 1.0, 1.0]))
     steps, batch, hidden = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(2, 5))
+    steps = 0 if wrong == "no steps" else steps
     batched = draw(rarely(st.just(True), st.just(False)))
     if "lengths" in wrong:
         batched = wrong != "lengths of one sequence"
