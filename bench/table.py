@@ -24,6 +24,26 @@ STYLES = {
     stats.ERROR: "magenta",
 }
 
+COLUMNS = (
+    ("case", "left"),
+    ("mode", "left"),
+    ("best stock", "left"),
+    ("time", "right"),
+    ("fastops", "left"),
+    ("time", "right"),
+    ("speed of fastops [95 %]", "right"),
+    ("noise", "right"),
+    ("TFLOP/s", "right"),
+    ("% ceiling", "right"),
+    ("memory", "right"),
+    ("verdict", "left"),
+)
+ARM_COLUMNS = (
+    ("arm", "left"),
+    *((name, "right") for name in ("time", "speed", "TFLOP/s", "% ceiling", "memory", "launches", "cold")),
+    ("verdict, or why there is no time", "left"),
+)
+
 
 def header(console: Console, env: dict[str, Any], ceilings: dict[str, Any] | None) -> None:
     """The machine, before any number."""
@@ -41,41 +61,41 @@ def print_rows(console: Console, rows: list[dict[str, Any]], every_arm: bool = F
     """One line a case; with `every_arm`, then a table of all arms for each."""
     if not rows:
         return
-    table = Table(header_style="bold", pad_edge=False, show_edge=False)
-    for name, justify in (
-        ("case", "left"),
-        ("mode", "left"),
-        ("best stock", "left"),
-        ("time", "right"),
-        ("fastops", "left"),
-        ("time", "right"),
-        ("speed of fastops [95 %]", "right"),
-        ("noise", "right"),
-        ("TFLOP/s", "right"),
-        ("% ceiling", "right"),
-        ("memory", "right"),
-        ("verdict", "left"),
-    ):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for row in rows:
-        _add(table, row)
-    console.print(table)
+    print_table(console, COLUMNS, [_cells(row) for row in rows])
     if every_arm:
         for row in rows:
             print_arms(console, row)
 
 
-def _add(table: Table, row: dict[str, Any]) -> None:
+def print_table(
+    console: Console, columns: tuple[tuple[str, str], ...], rows: list[list[str]], title: str | None = None
+) -> None:
+    """The columns (name, justification) in which any row has something."""
+    kept = filled(rows, len(columns))
+    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, show_edge=False)
+    for index in kept:
+        name, justify = columns[index]
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*(row[index] for index in kept))
+    console.print(table)
+
+
+def filled(rows: list[list[str]], columns: int) -> list[int]:
+    """Which columns have something in any row (a CPU has no ceiling and counts no memory); all where there is none."""
+    return [i for i in range(columns) if not rows or any(row[i] not in ("", "-") for row in rows)]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
     versus = row.get("vs_best")
     style = STYLES.get(row["verdict"], "")
     verdict = f"[{style}]{row['verdict']}[/]" if style else row["verdict"]
     case = escape(f"{row['name']} {row['dtype']}")
     if not versus:
-        table.add_row(case, row["mode"], escape(explain(row)), *[""] * 8, verdict)
-        return
+        return [case, row["mode"], escape(explain(row)), *[""] * 8, verdict]
     ours, best = row["providers"][versus["arm"]], row["providers"][versus["best"]]
     percent = ours.get("ceiling_pct")
-    table.add_row(
+    return [
         case,
         row["mode"],
         escape(versus["best"]),
@@ -88,32 +108,30 @@ def _add(table: Table, row: dict[str, Any]) -> None:
         f"{percent:.0f} %" if percent is not None else "-",
         memory(ours.get("peak_bytes"), best.get("peak_bytes")),
         verdict,
-    )
+    ]
 
 
 def print_arms(console: Console, row: dict[str, Any]) -> None:
     """Every arm of a case, those without a time with the reason."""
-    table = Table(title=escape(row["case"]), title_justify="left", header_style="bold", pad_edge=False, show_edge=False)
-    table.add_column("arm")
-    for name in ("time", "speed", "TFLOP/s", "% ceiling", "memory", "launches", "cold"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict, or why there is no time")
+    rows = []
     for name, provider in row["providers"].items():
         versus, percent = provider.get("vs_best"), provider.get("ceiling_pct")
         seconds, cold = provider.get("median_s"), provider.get("cold_s")
-        table.add_row(
-            escape(name),
-            duration(seconds) if seconds is not None else "",
-            f"{versus['ratio']:.3f}x" if versus else "best" if seconds is not None else "",
-            f"{provider['tflops']:.3g}" if seconds is not None else "",
-            f"{percent:.0f} %" if percent is not None else "",
-            memory(provider.get("peak_bytes"), None) if seconds is not None else "",
-            str(provider.get("launches") or ""),
-            duration(cold) if cold is not None else "",
-            provider.get("verdict", provider["role"]) if seconds is not None else escape(why(provider)),
+        rows.append(
+            [
+                escape(name),
+                duration(seconds) if seconds is not None else "",
+                f"{versus['ratio']:.3f}x" if versus else "best" if seconds is not None else "",
+                f"{provider['tflops']:.3g}" if seconds is not None else "",
+                f"{percent:.0f} %" if percent is not None else "",
+                memory(provider.get("peak_bytes"), None) if seconds is not None else "",
+                str(provider.get("launches") or ""),
+                duration(cold) if cold is not None else "",
+                provider.get("verdict", provider["role"]) if seconds is not None else escape(why(provider)),
+            ]
         )
     console.print()
-    console.print(table)
+    print_table(console, ARM_COLUMNS, rows, escape(row["case"]))
 
 
 def why(provider: dict[str, Any]) -> str:

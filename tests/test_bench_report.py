@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from bench import table
 from bench.__main__ import main
+from bench.cli import common
 from bench.report import html, markdown
 from tests.bench_document import HOSTILE, document
 
@@ -73,10 +75,27 @@ def test_hostile_text_stays_text():
 def test_markdown_has_one_line_a_case_and_names_the_machine():
     made = document(rows=8, hostile="|\n<b>")
     lines = markdown.render(made).splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 8 + 2
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {10}
+    cells = [line for line in lines if line.startswith("|")]
+    assert len(cells) == 8 + 2
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in cells} == {10}
     assert "Made-up GPU" in lines[0]
+
+
+def test_tables_leave_out_what_no_row_has(capsys):
+    """A CPU has no ceiling, and counts neither memory nor launches."""
+    made = document(rows=2)
+    for row in made["rows"]:
+        for provider in row["providers"].values():
+            for key in ("ceiling_pct", "peak_bytes", "launches"):
+                provider.pop(key, None)
+    assert "ceiling" not in markdown.render(made)
+    table.print_rows(common.console(), made["rows"], every_arm=True)
+    shown = capsys.readouterr().out
+    assert "noise" in shown
+    assert not {"ceiling", "memory", "launches"} & set(re.findall(r"\w+", shown))
+    made["rows"][0]["providers"]["fastops"]["ceiling_pct"] = 40.0
+    assert "| 40 % |" in markdown.render(made)
+    assert "| - |" in markdown.render(made)
 
 
 def test_figures(tmp_path):

@@ -7,6 +7,9 @@ from typing import Any
 from bench import environment, table
 from fastops.inspection.render import duration
 
+COLUMNS = ("case", "mode", "best stock", "time", "fastops", "time", "speed of fastops [95 %]", "% ceiling", "verdict")
+RULES = ("---", "---", "---", "---:", "---", "---:", "---:", "---:", "---")
+
 
 def render(document: dict[str, Any]) -> str:
     """The verdict, the machine and one line a case."""
@@ -17,11 +20,11 @@ def render(document: dict[str, Any]) -> str:
         f"{_cell(environment.one_line(env))}; {env.get('date', 'no date')}, commit {env.get('commit') or 'unknown'}"
         + (" with local changes" if env.get("dirty") else ""),
         "",
-        "| case | mode | best stock | time | fastops | time | speed of fastops [95 %] | % ceiling | verdict |",
-        "|---|---|---|---:|---|---:|---:|---:|---|",
     ]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(text) for text in _row(row)) + " |")
+    table_rows = [_row(row) for row in rows]
+    kept = table.filled(table_rows, len(COLUMNS))
+    lines += [f"| {' | '.join(COLUMNS[i] for i in kept)} |", f"|{'|'.join(RULES[i] for i in kept)}|"]
+    lines += [f"| {' | '.join(_cell(cells[i]) for i in kept)} |" for cells in table_rows]
     return "\n".join(lines) + "\n"
 
 
