@@ -256,23 +256,22 @@ def start(mutant: Mutant | None, tests: tuple[str, ...]) -> tuple[int, Path]:
         os._exit(code)
 
 
-def finish(child: int, deadline: float) -> int | None:
-    """The exit code, or None past the deadline, the child killed."""
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+def ended(child: int, deadline: float) -> int | None:
+    """The exit code, None while it runs. A child past the deadline is killed, which is a code of its own."""
+    done, status = os.waitpid(child, os.WNOHANG)
+    if not done and time.monotonic() > deadline:
+        os.killpg(child, signal.SIGKILL)
+        done, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) if done else None
 
 
 def survivors_of(found: list[Mutant], tests: tuple[str, ...]) -> list[Mutant]:
     """Those that no test notices. RuntimeError where the tests fail without any fault."""
     begin = time.monotonic()
     child, log = start(None, tests)
-    if finish(child, begin + 900) != 0:
+    while (code := ended(child, begin + 900)) is None:
+        time.sleep(0.02)
+    if code != 0:
         raise RuntimeError(f"the tests {' '.join(tests)} fail without a fault:\n{log.read_text()[-3000:]}")
     log.unlink()
     limit = PATIENCE * (time.monotonic() - begin) + 30
@@ -283,11 +282,17 @@ def survivors_of(found: list[Mutant], tests: tuple[str, ...]) -> list[Mutant]:
         while waiting and len(running) < JOBS:
             mutant = waiting.pop()
             running.append((mutant, *start(mutant, tests), time.monotonic() + limit))
-        mutant, child, log, deadline = running.pop(0)
-        if finish(child, deadline) == 0:
-            alive.append(mutant)
-        log.unlink()
-    return alive
+        for one in list(running):
+            mutant, child, log, deadline = one
+            code = ended(child, deadline)
+            if code is None:
+                continue
+            running.remove(one)
+            log.unlink()
+            if code == 0:
+                alive.append(mutant)
+        time.sleep(0.02)
+    return sorted(alive, key=lambda mutant: mutant.line)
 
 
 def main(arguments: list[str]) -> int:
