@@ -48,6 +48,19 @@ def index_of(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to which autocast casts on this device; None where it is off."""
+    # of other devices (meta) one may not ask, and stock PyTorch has an autocast of its own there, or none
+    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def autocast(x: torch.Tensor | None, dtype: torch.dtype) -> Any:
+    """A tensor as autocast hands it on: floating point but float64 is cast."""
+    return x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
+
+
 def why_no_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of this device, or None where they can."""
     if not TRITON_INSTALLED:

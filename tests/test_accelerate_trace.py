@@ -170,6 +170,21 @@ def test_modes_come_back_as_they_were():
     assert not model.conv2.training
 
 
+def test_a_train_method_of_the_models_own_is_not_called():
+    """It may do more than set the mode: LoRA merges its weights in evaluation."""
+
+    class Merging(FunctionalAlexNet):
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    for mode in (True, False):
+        model = Merging().train(mode)
+        assert any(row.becomes for row in fastops.explain(model, trace=True))
+        assert model.merged is not mode
+        assert model.conv1.training is mode
+
+
 def test_a_sequential_beside_it_is_taken_as_ever():
     class Mixed(nn.Module):
         def __init__(self):

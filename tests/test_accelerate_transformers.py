@@ -103,6 +103,21 @@ def test_what_the_user_chose_stays():
     assert model.config._attn_implementation == "eager"
 
 
+def test_what_the_user_chose_for_a_model_inside_stays():
+    vision = transformers.SiglipVisionConfig(image_size=32, patch_size=16, **TINY)
+    text = transformers.SiglipTextConfig(
+        vocab_size=50, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, **TINY
+    )
+    model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+    model.config.vision_config._attn_implementation = "flex_attention"
+    row = next(row for row in fastops.explain(model) if row.op == "attention" and row.path == "")
+    assert row.becomes is None
+    assert row.reason == "the attention of its SiglipVisionConfig was chosen to be 'flex_attention'"
+    fastops.accelerate(model)
+    assert model.config.vision_config._attn_implementation == "flex_attention"
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
 def test_only_and_filter_are_asked():
     model = nn.ModuleDict({"a": bert(), "b": bert()})
     assert not fastops.explain(model, only="rnn").rows

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "_env": 0,
     "_library": 0,
+    "_sequences": 0,
     "_triton_cache": 0,
     "tuning": 0,
     "kernels": 1,

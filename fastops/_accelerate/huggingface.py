@@ -27,6 +27,10 @@ def why_not(module: Any) -> str | None:
     current = module.config._attn_implementation
     if current not in REPLACED:
         return f"its attention was chosen to be {current!r}; fastops replaces {' and '.join(map(repr, REPLACED))}"
+    for inner in _configs(module):
+        chosen = inner._attn_implementation
+        if chosen not in (None, OURS, *REPLACED):
+            return f"the attention of its {type(inner).__name__} was chosen to be {chosen!r}"
     if getattr(module.config, "output_attentions", False):
         return "output_attentions=True asks for the attention weights"
     if not module._can_set_attn_implementation():

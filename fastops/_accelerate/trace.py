@@ -42,7 +42,8 @@ def prove(model: nn.Module) -> dict[str, Proof | str]:
     try:
         found = []
         for mode in (True, False):
-            model.train(mode)
+            for module in training:  # not train(): a model's own may do more than set the mode, as merging LoRA does
+                module.training = mode
             found.append(_prove(model))
     except Exception as error:  # whatever a user's forward does with a proxy
         first_line = (str(error).splitlines() or [""])[0]

@@ -141,7 +141,7 @@ class Problem:
         cut = self.cu_q is not None or self.query_lengths is not None
         if cut and block_d(self.head_dim) > 128:
             return False  # what a descriptor reads past a sequence is cut off in registers, and those are full
-        return self.query.element_size() == 2 and sm_of(self.query) >= 90 and all(describable(x) for x in tensors)
+        return self.query.element_size() == 2 and 90 <= sm_of(self.query) < 120 and all(describable(x) for x in tensors)
 
     def mask_arguments(self) -> list[Any]:
         """The mask and its strides, the key range and its stride."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastops._sequences import without_padding
 from fastops.kernels import rnn_plan, rnn_step
 from fastops.kernels._common import dot_precision, interpreted, weight_operand
 from fastops.kernels.rnn_backward import backward_kernel
@@ -231,7 +232,8 @@ def backward(
     found.append(d_cell.to(input.dtype) if needs[2] else None)
     x = None
     if any(needs[3 + per * direction] for direction in range(directions)):
-        x = _rows(_without_padding(input, lengths, batch_first), batch_first, batch_rows)
+        dense = input if lengths is None else without_padding(input, lengths, batch_first)
+        x = _rows(dense, batch_first, batch_rows)
     for direction in range(directions):
         wanted = needs[3 + per * direction : 3 + per * (direction + 1)]
         found += _weight_gradients(mode, x, before[direction], d_gates[direction], hidden, wanted)
@@ -284,16 +286,6 @@ def _rows(input: Tensor, batch_first: bool, batch_rows: bool) -> Tensor:
     """(T * B, I), or (B * T, I) with `batch_rows`; a view where the input allows it."""
     x = input if batch_rows == batch_first else input.transpose(0, 1)
     return x.reshape(-1, x.shape[-1])
-
-
-def _without_padding(input: Tensor, lengths: Tensor | None, batch_first: bool) -> Tensor:
-    """The input with zeros past each row's end, as NaN there would reach the gradient of w_ih."""
-    if lengths is None:
-        return input
-    steps, _ = _steps_and_batch(input, batch_first)
-    time = torch.arange(steps, device=input.device)
-    padding = time >= lengths.unsqueeze(1) if batch_first else time.unsqueeze(1) >= lengths
-    return input.masked_fill(padding.unsqueeze(-1), 0)
 
 
 def _input_product(mode: str, x: Tensor, weights: list[Tensor], gates: Tensor) -> None:

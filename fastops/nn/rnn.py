@@ -99,7 +99,7 @@ class _Recurrent(torch.nn.RNNBase):
             steps, batch = input.shape[0], 1
         else:
             steps, batch = input.shape[:2] if not self.batch_first else (input.shape[1], input.shape[0])
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else data.dtype
+        dtype = _env.autocast_dtype(torch.device("cuda")) or data.dtype
         one = torch.empty((), dtype=dtype, device=data.device)  # stands for a layer's input: only its shape is read
         weights = self._weights()
         directions = 2 if self.bidirectional else 1

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import init
 from torch.nn.utils.rnn import PackedSequence
 
+from fastops import _env
+from fastops._sequences import without_padding
 from fastops.nn._impl import set_impl
 from fastops.nn.rnn import _Recurrent
 from fastops.ops import layer_norm_lstm as ops
@@ -141,9 +143,7 @@ class LayerNormLSTM(_Recurrent):
         if lengths is not None:
             lengths = self._check_lengths(input, lengths)
             # NaN in the padding would reach the gradients of w_ih and its gain, as a factor of zero
-            time = torch.arange(input.shape[1 if self.batch_first else 0], device=input.device)
-            padding = time >= lengths.unsqueeze(1) if self.batch_first else time.unsqueeze(1) >= lengths
-            input = input.masked_fill(padding.unsqueeze(-1), 0)
+            input = without_padding(input, lengths, self.batch_first)
         return self._padded(input, hx, lengths, self._run)
 
     def _weights(self) -> list[tuple[Any, ...]]:
@@ -157,13 +157,12 @@ class LayerNormLSTM(_Recurrent):
         """One layer over a time-major input."""
         if x.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # as torch.nn.LSTM
-        device = x.device.type
-        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):  # of others (meta) one may not ask
-            dtype = torch.get_autocast_dtype(device)
-            with torch.autocast(device, enabled=False):
-                h0, c0 = (None if s is None else s.to(dtype) for s in (h0, c0))
-                weights = [tuple(None if w is None else w.to(dtype) for w in own) for own in weights]
-                return self._run(x.to(dtype), h0, c0, weights, lengths)
+        dtype = _env.autocast_dtype(x.device)
+        if dtype is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                x, h0, c0 = (_env.autocast(each, dtype) for each in (x, h0, c0))
+                weights = [tuple(_env.autocast(w, dtype) for w in own) for own in weights]
+                return self._run(x, h0, c0, weights, lengths)
         steps, batch, hidden = x.shape[0], x.shape[1], self.hidden_size
         found = []
         for direction, (w_ih, w_hh, b_ih, b_hh, gain_ih, gain_hh, gain_c, bias_c) in enumerate(weights):

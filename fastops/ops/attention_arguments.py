@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastops import _env
+
 
 def heads_of(query: Tensor, key: Tensor, value: Tensor) -> int:
     """Heads of the result, over which queries, or keys and values, may broadcast."""
@@ -69,12 +71,8 @@ def autocast(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The casts autocast gives `scaled_dot_product_attention`."""
-    device = query.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    dtype = _env.autocast_dtype(query.device)
+    if dtype is None:
         return query, key, value, attn_mask
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(x: Tensor) -> Tensor:
-        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-
-    return cast(query), cast(key), cast(value), None if attn_mask is None else cast(attn_mask)
+    query, key, value = (_env.autocast(x, dtype) for x in (query, key, value))
+    return query, key, value, _env.autocast(attn_mask, dtype)

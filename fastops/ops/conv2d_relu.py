@@ -152,10 +152,9 @@ def _checked(
     pool: tuple[Any, Any, Any] | None,
 ) -> Call:
     arguments.check_types(input, weight, bias)
-    # asking about autocast on a device without it (meta) raises
-    if input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type):
-        input, weight = _autocast(input), _autocast(weight)
-        bias = None if bias is None else _autocast(bias)
+    dtype = _env.autocast_dtype(input.device)
+    if dtype is not None:
+        input, weight, bias = (_env.autocast(x, dtype) for x in (input, weight, bias))
     arguments.check_tensors(input, weight, bias, groups)
     window = arguments.window(weight, stride, padding, dilation)
     maps = arguments.conv_size(input, weight, window)
@@ -164,13 +163,6 @@ def _checked(
         arguments.pooled_size(maps, pooling)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     return Call(batched, weight, bias, window, arguments.integer(groups), pooling, "torch", False)
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """`tensor` as autocast hands it to conv2d: floating point but float64 is cast."""
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _plain_cuda(*tensors: Tensor | None) -> bool:

@@ -34,11 +34,11 @@ from torch import Tensor
 from fastops import _env, _library, tuning
 from fastops.ops.layer_norm_lstm_reference import reference, stock_backward, stock_forward
 from fastops.ops.rnn_check import check_lengths, lengths_of
-from fastops.ops.rnn_reference import note_lengths
+from fastops.ops.rnn_lengths import note_lengths
 
 __all__ = ["layer_norm_lstm"]
 
-IMPLS = ("auto", "triton", "persistent", "small", "step", "torch")
+IMPLS = ("auto", "triton", "small", "step", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_SMALL = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 32}
 MAX_SMALL_ELSEWHERE = 64  # W_hh of 128 units is 128 KiB, more than consumer GPUs have
@@ -59,8 +59,6 @@ def why_not(gates: Tensor, hidden: int, engine: str = "triton") -> str | None:
     transform = _library.why_no_transform()
     if transform is not None:
         return transform
-    if engine == "persistent":
-        return "each step normalises over all units of a row, so a row is never spread over programs: use small or step"
     if engine == "small":
         limit = MAX_SMALL[gates.dtype]
         if gates.device.type == "cuda" and _env.capability(_env.index_of(gates.device)) not in LARGE_SHARED_MEMORY:
@@ -256,7 +254,7 @@ def layer_norm_lstm(
         reverse: run from the last step to the first.
         batch_first: whether gates and output are (B, T, ...).
         impl: "auto", "triton" (whichever of the next two can), "small" (all steps in one launch, small H), "step" (two
-            launches a step), "torch", or "persistent", which is an engine of `fastops.ops.rnn` and cannot run here.
+            launches a step) or "torch".
 
     Returns:
         output as gates, but with H features; h_n and c_n (B, H).

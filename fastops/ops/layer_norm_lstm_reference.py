@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastops import _library
+from fastops._sequences import mirrored, without_padding
 
 
 def reference(
@@ -49,14 +50,9 @@ def in_order(x: Tensor, lengths: Tensor | None, reverse: bool) -> tuple[Tensor, 
     """(T, B, ...) in the order in which steps are run, or back from it, zeros for the padding; lengths in range."""
     if lengths is None:
         return x.flip(0) if reverse else x, None
-    steps = x.shape[0]
-    lengths = lengths.clamp(0, steps)  # read as indices; on a GPU nobody has looked at them
-    time = torch.arange(steps, device=x.device).unsqueeze(-1)
-    x = x.masked_fill((time >= lengths).unsqueeze(-1), 0)
-    if reverse:
-        mirror = torch.where(time >= lengths, time, lengths - 1 - time).unsqueeze(-1)
-        x = x.gather(0, mirror.expand_as(x))
-    return x, lengths
+    lengths = lengths.clamp(0, x.shape[0])  # read as indices; on a GPU nobody has looked at them
+    x = without_padding(x, lengths)
+    return mirrored(x, lengths) if reverse else x, lengths
 
 
 def step(

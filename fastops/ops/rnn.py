@@ -41,7 +41,6 @@ __all__ = ["IMPLS", "choose", "explain_auto", "recurrent_layer", "reference", "w
 
 IMPLS = ("auto", "triton", "persistent", "small", "step", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PLACES = ("cuda", "cpu")  # elsewhere stock PyTorch has an autocast of its own, or none
 IEEE_HIDDEN = 32
 MAX_STEP_BATCH = 4 * 65535  # four rows a program along the second axis of a CUDA grid
 ROWS = tuning.load("rnn")
@@ -73,7 +72,7 @@ def why_not(
         return reason
     if input.dtype not in DTYPES:
         return f"the dtype is {input.dtype}, the kernels take fp16, bf16 and fp32"
-    if input.dtype == torch.bfloat16 and input.device.type == "cpu":
+    if input.dtype == torch.bfloat16 and _env.interpreting():
         return "Triton's interpreter computes bf16 products wrongly"
     transform = _library.why_no_transform()
     if transform is not None:
@@ -315,12 +314,11 @@ def recurrent_layer(
         KernelUnavailable: the engine asked for cannot run this call; the message says why.
     """
     engine = _env.choose_impl(impl, IMPLS)
-    place = input.device.type
-    if place in PLACES and torch.is_autocast_enabled(place) and input.dtype in DTYPES:
-        dtype = torch.get_autocast_dtype(place)
-        input, h0, c0 = (None if x is None else x.to(dtype) for x in (input, h0, c0))  # type: ignore[assignment]
-        weights = [tuple(None if w is None else w.to(dtype) for w in each) for each in weights]  # type: ignore[misc]
-        with torch.autocast(place, enabled=False):
+    dtype = _env.autocast_dtype(input.device)
+    if dtype is not None and input.dtype in DTYPES:
+        input, h0, c0 = (_env.autocast(x, dtype) for x in (input, h0, c0))
+        weights = [tuple(_env.autocast(w, dtype) for w in each) for each in weights]  # type: ignore[misc]
+        with torch.autocast(input.device.type, enabled=False):
             return _run(mode, input, h0, c0, weights, lengths, batch_first, engine)
     return _run(mode, input, h0, c0, weights, lengths, batch_first, engine)
 

@@ -95,11 +95,9 @@ def _check(
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Arguments in the dtype of CUDA autocast, which lists torch's cells as lower precision; CPU autocast does not."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if device != "cuda" or not torch.is_autocast_enabled("cuda"):
-        return tensors
-    dtype = torch.get_autocast_dtype("cuda")
-    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    dtype = _env.autocast_dtype(device) if device.type == "cuda" else None
+    return tensors if dtype is None else tuple(_env.autocast(x, dtype) for x in tensors)
 
 
 def choose(impl: str, input: Tensor) -> str:

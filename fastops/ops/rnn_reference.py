@@ -6,14 +6,14 @@ itself uses (cuDNN on a GPU), and adds per-row lengths to them without packing a
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastops import _env
+from fastops._sequences import ended, mirrored, without_padding
+from fastops.ops.rnn_lengths import note_lengths
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -62,7 +62,7 @@ def reference(
     hidden = weights[0][1].shape[1]
     if lengths is not None:
         # what is in the padding, NaN included, must reach neither results nor gradients
-        x = x.masked_fill(_padding(lengths, steps).unsqueeze(-1), 0)
+        x = without_padding(x, lengths)
     outputs, last_h, last_c = [], [], []
     for direction, (w_ih, w_hh, b_ih, b_hh) in enumerate(weights):
         h = x.new_zeros(batch, hidden) if h0 is None else h0[direction]
@@ -134,14 +134,12 @@ def _stock_ragged(
     seen, hidden = weights[0][1].shape[1], weights[0][0].shape[0] // GATES[mode]
     note_lengths(lengths, steps)
     lengths = lengths.to(torch.int64).clamp(0, steps)  # read as indices; on a GPU nobody has looked at them
-    padding = _padding(lengths, steps).unsqueeze(-1)
+    padding = ended(lengths, steps).unsqueeze(-1)
     x = x.masked_fill(padding, 0)
-    time = torch.arange(steps, device=x.device).unsqueeze(-1)
-    mirror = torch.where(time < lengths, lengths - 1 - time, time).unsqueeze(-1)
     last = (lengths - 1).clamp(min=0).view(1, batch, 1).expand(1, batch, seen)
     outputs, last_h, last_c = [], [], []
     for direction, (w_ih, *others) in enumerate(weights):
-        own_x = x.gather(0, mirror.expand_as(x)) if direction else x
+        own_x = mirrored(x, lengths) if direction else x
         if mode == "LSTM":
             shut = w_ih.new_zeros(4, hidden)
             shut[0], shut[1] = -SHUT, SHUT
@@ -154,25 +152,8 @@ def _stock_ragged(
         start = y.new_zeros(1, batch, seen) if own_h0 is None else own_h0.to(y.dtype)
         last_h.append(torch.where((lengths > 0).view(1, batch, 1), h_n, start))
         last_c.append(c_n)
-        y = y.gather(0, mirror.expand_as(y)) if direction else y
+        y = mirrored(y, lengths) if direction else y
         outputs.append(y.masked_fill(padding, 0))
     output = torch.cat(outputs, -1)
     c_n = torch.cat([c for c in last_c if c is not None]) if mode == "LSTM" else None
     return output.transpose(0, 1) if batch_first else output, torch.cat(last_h), c_n
-
-
-def note_lengths(lengths: Tensor, steps: int) -> None:
-    """Have a GPU look at the lengths of a call that stock PyTorch runs; one out of range raises in a later call.
-
-    As the kernels do for theirs. Not where Triton is missing, nor in a graph that torch.compile traces: there such
-    lengths are only clamped.
-    """
-    if lengths.device.type != "cuda" or torch.compiler.is_compiling() or _env.why_no_triton(lengths.device) is not None:
-        return
-    with torch.cuda.device(lengths.device):
-        importlib.import_module("fastops.kernels.layer_norm_lstm").clamped(lengths, steps)
-
-
-def _padding(lengths: Tensor, steps: int) -> Tensor:
-    """(T, B), True where a row has ended."""
-    return torch.arange(steps, device=lengths.device).unsqueeze(-1) >= lengths
