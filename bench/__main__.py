@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="The benchmark of fastops. Exit codes: 0 ok, 1 regression, 2 cannot be done or compared, "
-        "3 an arm is wrong or impossibly fast.",
+        "3 an arm is wrong or impossibly fast, 4 the CUDA context was lost (go on with --resume), 130 interrupted.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name, (path, summary) in COMMANDS.items():

@@ -89,6 +89,19 @@ def shown_gpu() -> tuple[str, tuple[int, int]]:
     return "NVIDIA H100 80GB HBM3", (9, 0)
 
 
+def gpu_facts(device: torch.device) -> dict[str, Any]:
+    """What rows of every tuning table may ask of a GPU: its name, and its capability as a number, 90 for sm_90."""
+    index = index_of(device)
+    major, minor = capability(index)
+    return {"gpu": device_name(index), "capability": 10 * major + minor}
+
+
+def shown_gpu_facts() -> dict[str, Any]:
+    """`gpu_facts` of the GPU that explanations are about."""
+    name, (major, minor) = shown_gpu()
+    return {"gpu": name, "capability": 10 * major + minor}
+
+
 def choose_impl(impl: str, allowed: tuple[str, ...]) -> str:
     """The engine to use: `impl` itself, or for "auto" what FASTOPS_IMPL says, where the op has that engine."""
     if impl not in allowed:

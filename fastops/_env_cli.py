@@ -81,7 +81,12 @@ def _forced(choice: dict[str, str], allowed: tuple[str, ...]) -> dict[str, str] 
     reason = None
     if engine != "torch":
         reason = _env.why_no_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    why = "FASTOPS_IMPL" if reason is None else f"FASTOPS_IMPL; such a call raises KernelUnavailable: {reason}"
+    if engine == "torch":
+        why = "FASTOPS_IMPL"
+    elif reason is None:
+        why = "FASTOPS_IMPL; a call that this engine cannot run raises KernelUnavailable"
+    else:
+        why = f"FASTOPS_IMPL; such a call raises KernelUnavailable: {reason}"
     return {**choice, "engine": engine, "why": why}
 
 

@@ -209,6 +209,14 @@ def _level_of_user() -> int:
     return level
 
 
+def why_not_dense(**tensors: torch.Tensor | None) -> str | None:
+    """Which of these is sparse, blocked or quantised, so that a kernel cannot read it, or None."""
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.layout != torch.strided or tensor.is_quantized):
+            return f"{name} is not a dense tensor ({tensor.layout})"
+    return None
+
+
 def why_no_transform(vmap: bool = True) -> str | None:
     """Why an op without forward-mode derivatives (and, unless `vmap` is False, without batching) cannot run here."""
     if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
@@ -224,13 +232,23 @@ def _under_vmap() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())
 
 
-def differentiable_again() -> bool:
-    """Whether the running backward will itself be differentiated (create_graph=True), or runs under torch.vmap.
+def differentiable_again(grad_outputs: Sequence[torch.Tensor | None] = ()) -> bool:
+    """Whether the running backward will itself be differentiated (create_graph=True), or runs for a batch of gradients.
 
     Such a backward must not call a kernel: its result would carry no graph, and a term of the second derivative would
     be missing without a word. It differentiates the reference instead, see `reference_gradients`.
+
+    Args:
+        grad_outputs: of an op that cannot run once for each gradient of a batch (`is_grads_batched=True`), which
+            torch.autograd.grad hands over in a batch of its own kind.
     """
-    return torch.is_grad_enabled() or _under_vmap()
+    return torch.is_grad_enabled() or _under_vmap() or _batched(grad_outputs)
+
+
+def _batched(tensors: Sequence[torch.Tensor | None]) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
 
 
 def reference_gradients(

@@ -87,13 +87,14 @@ class OwnReLU(nn.ReLU):
         (lambda: [hooked(nn.Conv2d(2, 2, 1)), nn.ReLU()], "a hook wants to see Conv2d alone"),
         (lambda: [nn.Conv2d(2, 2, 1), hooked(nn.ReLU())], "a hook wants to see ReLU alone"),
         (lambda: [forward_replaced(nn.Conv2d(2, 2, 1)), nn.ReLU()], "its forward was replaced on the instance"),
+        (lambda: [convolution_replaced(nn.Conv2d(2, 2, 3)), nn.ReLU()], "its _conv_forward was replaced"),
         (lambda: [compiled(nn.Conv2d(2, 2, 1)), nn.ReLU()], "it is compiled on its own"),
         (lambda: [nn.utils.spectral_norm(nn.Conv2d(2, 2, 1)), nn.ReLU()], "recomputes its weight (SpectralNorm)"),
         (lambda: [nn.ConvTranspose2d(2, 2, 1), nn.ReLU()], None),
     ],
     ids=[
         *("batch norm", "leaky", "relu6", "last", "own relu", "parametrized", "hooked", "hooked relu"),
-        *("forward", "compiled", "old norm", "transposed"),
+        *("forward", "conv forward", "compiled", "old norm", "transposed"),
     ],
 )
 def test_what_stays_and_why(kernels, layers, reason):
@@ -108,6 +109,11 @@ def test_what_stays_and_why(kernels, layers, reason):
     expected = model(x)
     assert torch.equal(fastops.accelerate(model)(x), expected)
     assert kernels == []
+
+
+def convolution_replaced(module):
+    module._conv_forward = lambda x, weight, bias: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+    return module
 
 
 def forward_replaced(module):
@@ -421,3 +427,37 @@ def test_a_slice_can_be_restored():
     part = fastops.accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout()))[:2]
     assert isinstance(part, fastops.nn.Sequential)
     assert type(fastops.restore(part)) is nn.Sequential
+
+
+class Backwards(nn.Sequential):
+    def __iter__(self):
+        return iter(list(self._modules.values())[::-1])
+
+
+def test_an_order_of_its_own_is_kept(kernels):
+    model, x = Backwards(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1)), torch.randn(1, 3, 5, 5)
+    expected = model(x)
+    report = fastops.explain(model)
+    assert {row.reason for row in report.kept} >= {"Backwards, its Sequential, has an __iter__ of its own"}
+    assert torch.equal(fastops.accelerate(model)(x), expected)
+
+    class Ours(fastops.nn.Sequential):
+        __iter__ = Backwards.__iter__
+
+    assert torch.equal(Ours(*model._modules.values())(x), expected)
+    assert kernels == []
+
+
+def test_what_was_left_out_stays_so_when_the_sequential_is_edited():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU())
+    fastops.accelerate(model, filter_fn=lambda module, path: path != "2")
+    assert list(model.fused()) == [(0, 2)]
+    model.insert(0, nn.Identity())
+    assert list(model.fused()) == [(1, 2)]
+    del model[0]
+    assert list(model.fused()) == [(0, 2)]
+    del model[:2]
+    assert list(model.fused()) == []
+    fastops.restore(model)
+    assert type(model) is nn.Sequential
+    assert "apart" not in model.__dict__

@@ -438,3 +438,41 @@ def test_a_recorded_graph_is_right_for_other_lengths(how, size):
     graph = torch.jit.trace(encode, (x, masks[0])) if how == "trace" else make_fx(encode)(x, masks[0])
     alive = ~masks[1]
     torch.testing.assert_close(graph(x, masks[1])[alive], encode(x, masks[1])[alive])
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto", "torch"])
+def test_rows_past_a_query_length_are_zero_and_spoil_nothing(impl):
+    q, k, v = (torch.randn(1, 1, 4, 8) for _ in range(3))
+    q[0, 0, 2:] = float("nan")
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = fastops.scaled_dot_product_attention(*inputs, query_lengths=torch.tensor([2]), impl=impl)
+    assert not out[0, 0, 2:].any()
+    upstream = torch.randn_like(out)
+    upstream[0, 0, 2:] = float("nan")
+    found = torch.autograd.grad(out, inputs, upstream)
+    alone = [q[:, :, :2], k, v]
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(*alone), inputs, upstream[:, :, :2])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto", "torch"])
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_huge_numbers_past_a_key_length_overflow_nowhere(impl, where, grad):
+    q, k, v = torch.full((1, 1, 2, 4), 2.0), torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4)
+    {"key": k, "value": v}[where][0, 0, 2] = torch.tensor([3e38, 0, 0, 0])
+    q.requires_grad_(grad)
+    out = fastops.scaled_dot_product_attention(q, k, v, key_lengths=torch.tensor([2]), impl=impl)
+    expected = F.scaled_dot_product_attention(q, k[:, :, :2], v[:, :, :2])
+    torch.testing.assert_close(out, expected)
+    if grad:
+        torch.testing.assert_close(*(torch.autograd.grad(10 * x.sum(), q)[0] for x in (out, expected)))
+
+
+def test_lengths_under_another_default_device():
+    q = torch.randn(2, 2, 4, 8)
+    expected = fastops.scaled_dot_product_attention(q, q, q, key_lengths=torch.tensor([4, 2]))
+    with torch.device("meta"):
+        found = fastops.scaled_dot_product_attention(q, q, q, key_lengths=torch.tensor([4, 2], device="cpu"))
+    assert torch.equal(found, expected)

@@ -1,6 +1,7 @@
 """Packed attention: numbers against one dense float64 attention a sequence."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -155,3 +156,25 @@ def test_bad_arguments(change, error, words, impl):
     given |= {"cu_seqlens_k": offsets(LENGTHS_K, "cpu"), "max_seqlen_q": 70, "max_seqlen_k": 130}
     with pytest.raises(error, match=words):
         fastops.varlen_attention(**{**given, **change}, impl=impl)
+
+
+def test_a_trace_by_torch_jit():
+    q, offsets = torch.randn(6, 2, 8), torch.tensor([0, 2, 6], dtype=torch.int32)
+
+    def call(q):
+        return fastops.varlen_attention(q, q, q, offsets, offsets, 4, 4)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the offsets are read, as documented
+        traced = torch.jit.trace(call, q)
+    assert torch.equal(traced(2 * q), call(2 * q))
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_no_sequence_gives_zero_gradients(impl, return_lse):
+    q, none = torch.randn(4, 2, 8, requires_grad=True), torch.tensor([0], dtype=torch.int32)
+    out = fastops.varlen_attention(q, q, q, none, none, 4, 4, return_lse=return_lse, impl=impl)
+    out = out[0] if return_lse else out
+    assert not out.any()
+    assert not torch.autograd.grad(out.sum(), q)[0].any()

@@ -119,6 +119,39 @@ CONTRACTS["compile_static"] = compiled(False)
 CONTRACTS["compile_dynamic"] = compiled(True)
 
 
+def compiled_without_gradients(impl):
+    """As a trained model runs."""
+
+    def check(make, device):
+        call, given = make(device, impl)
+        torch.compiler.reset()
+        function = torch.compile(call, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            same(parts(function(*given)), parts(call(*given)))
+
+    return check
+
+
+CONTRACTS["compile_without_gradients"] = compiled_without_gradients("triton")
+CONTRACTS["compile_auto_without_gradients"] = compiled_without_gradients("auto")
+
+
+@contract
+def batched_gradients(make, device):
+    """torch.autograd.functional.jacobian(vectorize=True): one backward pass for many gradients of the output."""
+    call, given = make(device, "triton")
+    output = parts(call(*given))[0]
+    several = torch.stack([torch.randn_like(output) for _ in range(3)])
+    wanted = leaves(call, given)
+    options = {"retain_graph": True, "allow_unused": True}
+    together = torch.autograd.grad(output, wanted, several, is_grads_batched=True, **options)
+    for index, each in enumerate(several):
+        for found, expected in zip(together, torch.autograd.grad(output, wanted, each, **options), strict=True):
+            assert (found is None) == (expected is None)
+            if found is not None:
+                torch.testing.assert_close(found[index], expected, rtol=1e-4, atol=1e-5)
+
+
 def autocast(dtype):
     def check(make, device):
         ours, given = make(device, "triton")
@@ -358,7 +391,8 @@ for name in MODULES:
     REASONS["opcheck", name] = "its ops are checked with the function of the same op"
 for name in ("LSTM", "GRU", "RNN", "LayerNormLSTM"):
     del REASONS["opcheck", name]  # these have no public function
-REASONS["meta_tensors", "varlen_attention"] = "without the kernels the offsets are read on the host"
+for contract_name in ("meta_tensors", "compile_auto_without_gradients"):
+    REASONS[contract_name, "varlen_attention"] = "without the kernels the offsets are read on the host"
 if not GPU:
     for dtype in ("fp16", "bf16"):
         for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "LSTMCell", "GRUCell", "RNNCell"):

@@ -87,6 +87,21 @@ def test_a_row_needs_no_reason_and_shipped_tables_are_found(tmp_path):
         assert len(tuning.load("rnn")) > 3
 
 
+def test_rows_ask_only_for_what_their_op_tells(monkeypatch):
+    """A condition on a fact that no call has would never hold, and nobody would notice."""
+    from fastops import ops
+
+    told = []
+    monkeypatch.setattr(tuning, "choose", lambda rows, facts: [told.append(set(facts)), tuning.STOCK][1])
+    for module in ops.modules():
+        told.clear()
+        module.explain_auto()
+        rows = module.ROWS
+        assert {name for row in rows for name, _ in row.when} <= set.union(*told)
+        assert {row.engine for row in rows} <= set(module.IMPLS) - {"auto"}
+        assert all({"gpu", "capability"} <= facts for facts in told)
+
+
 # the machine
 
 

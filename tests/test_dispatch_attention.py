@@ -83,12 +83,13 @@ def test_which_engine_attention_takes(gpu, monkeypatch):
     engine((q.requires_grad_(), k, v), mask=fake(8, 8), lengths=(None, fake(2, dtype=torch.int32)), slopes=fake(4))
     with torch.no_grad():
         engine((q, k, v), packed=True)
-    some = ("sm", "mask", "lengths", "alibi", "grad", "packed", "q_len", "head_dim", "head_dim_mod_8", "dtype")
+    some = ("capability", "mask", "lengths", "alibi", "grad", "packed", "q_len", "head_dim", "head_dim_mod_8", "dtype")
     assert [tuple(facts[name] for name in some) for facts in seen] == [
         (86, "bool", True, False, False, False, 8, 64, 0, "float16"),
         (86, "float", True, True, True, False, 8, 64, 0, "float16"),
         (86, "none", False, False, False, True, 8, 64, 0, "float16"),
     ]
+    assert {facts["gpu"] for facts in seen} == {"NVIDIA H100 80GB HBM3"}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,9 @@ def test_which_engine_attention_takes(gpu, monkeypatch):
     ids=str,
 )
 def test_facts_of_the_options(options, expected):
-    found = attention.facts(head_dim=12, q_len=7, dtype=torch.float32, sm=90, options=options)
+    found = attention.facts(
+        head_dim=12, q_len=7, dtype=torch.float32, gpu={"gpu": "A", "capability": 90}, options=options
+    )
     switches = ("causal", "window", "softcap", "dropout", "lengths", "alibi", "grad", "packed")
     assert tuple(name for name in switches if found[name]) == expected
     assert (found["mask"], found["head_dim_mod_8"], found["q_len"]) == ("none", 4, 7)

@@ -220,7 +220,7 @@ def test_which_engine_a_cell_takes(gpu, monkeypatch):
         return rnn_cell.choose(impl, fake(4, 8, **options))
 
     assert choose() == "triton"
-    assert seen == [{"dtype": "float16", "gpu": "NVIDIA H100 80GB HBM3"}]
+    assert seen == [{"dtype": "float16", "gpu": "NVIDIA H100 80GB HBM3", "capability": 90}]
     assert choose(device="cpu") == "torch"
     assert choose(dtype=torch.float64) == "torch"
     assert "not torch.float64" in rnn_cell.why_not(fake(4, 8, dtype=torch.float64))

@@ -24,6 +24,7 @@ def test_env_says_what_auto_takes_on_this_machine(gpu, monkeypatch):
     monkeypatch.setattr(_env, "TRITON_INSTALLED", True)
     monkeypatch.setattr(_env, "capability", lambda index: gpu)
     monkeypatch.setattr(_env, "device_name", lambda index: "a GPU")
+    monkeypatch.setattr(_env, "multiprocessors", lambda index: 132)
     choices = _env_cli.engine_choices()
     if gpu == (9, 0):
         assert {"torch", "triton", "persistent", "hybrid", "small"} <= {choice["engine"] for choice in choices}
@@ -31,6 +32,20 @@ def test_env_says_what_auto_takes_on_this_machine(gpu, monkeypatch):
     assert {choice["engine"] for choice in choices} == {"torch"}
     reason = "no GPU here" if gpu is None else "the GPU is sm_75"
     assert all(choice["why"].startswith(reason) and "; on an H100: " in choice["why"] for choice in choices)
+
+
+def test_env_knows_a_gpu_with_too_little_room(monkeypatch):
+    """The table names an engine, and the launcher then has no plan: stock PyTorch runs, and the reason is told."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_env, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(_env, "capability", lambda index: (8, 6))
+    monkeypatch.setattr(_env, "device_name", lambda index: "a GPU")
+    monkeypatch.setattr(_env, "multiprocessors", lambda index: 28)
+    (found,) = (one for one in _env_cli.engine_choices() if one["example"] == "LSTM bf16 H=512 B=64")
+    assert found["engine"] == "torch"
+    assert "28 multiprocessors (persistent: " in found["why"]
 
 
 @pytest.mark.parametrize("gpu", [None, (9, 0)], ids=str)
@@ -41,6 +56,7 @@ def test_env_says_what_fastops_impl_makes_of_it(gpu, monkeypatch):
     monkeypatch.setattr(_env, "TRITON_INSTALLED", True)
     monkeypatch.setattr(_env, "capability", lambda index: gpu)
     monkeypatch.setattr(_env, "device_name", lambda index: "a GPU")
+    monkeypatch.setattr(_env, "multiprocessors", lambda index: 132)
     for forced, whose in (("hybrid", "conv2d"), ("step", ("recurrent", "layer_norm")), ("torch", "")):
         untouched = {choice["example"]: choice for choice in _env_cli.engine_choices()}
         monkeypatch.setenv("FASTOPS_IMPL", forced)

@@ -110,6 +110,9 @@ def test_bad_input_is_one_clear_message(kernels, tmp_path, capsys):
     assert "no compile option 'num_cta'; did you mean num_ctas" in bad(
         capsys, f"{at}:tuned_kernel", "--signature", "*fp32,i32", "--option", "num_cta=2"
     )
+    assert "--option 'num_ctas': expected NAME=VALUE, e.g. num_ctas=2" in bad(
+        capsys, f"{at}:tuned_kernel", "--signature", "*fp32,i32", "--option", "num_ctas"
+    )
     assert "there is no file" in bad(capsys, f"{tmp_path}/none.py:k", "--signature", "i32")
     assert "no kernel matches 'nonsense'" in bad(capsys, "nonsense")
     assert "unknown target 'GTX 1080'" in bad(
@@ -305,12 +308,14 @@ def test_what_an_op_launches_is_found_without_a_gpu(op, shape, forward):
     [
         ((80, 86, 90, 100), (80, 86, 87, 89, 90, 100, 103, 120), ()),
         ((90,), (90,), (80, 86, 89, 100, 120)),
-        ((90, 100), (90, 100, 120), (80, 86, 89)),
+        ((90, 100), (90, 100, 103), (80, 86, 89, 120)),
+        ((80, 86), (86, 89, 120, 121), (90, 100)),
+        ((90, 100, 120), (120, 121), (86, 89)),
         ((80,), (80,), (86, 89, 90, 120)),
         ((80, 86, 89, 90, 100, 120), (89, 120), (75,)),
     ],
 )
-def test_a_capability_between_goes_by_the_one_below(launched_on, yes, no):
+def test_a_capability_without_cases_goes_by_another(launched_on, yes, no):
     case = product(targets=launched_on)
     assert [number for number in (*yes, *no) if case.launched_on(number)] == list(yes)
 

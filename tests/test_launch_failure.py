@@ -245,3 +245,50 @@ def test_two_threads_that_fail_at_once_warn_once(monkeypatch):
     with pytest.warns(RuntimeWarning) as heard:
         both_run()
     assert len(heard) == 1
+
+
+class ElsewhereLengths:
+    """Lengths on a GPU, as far as a look at them asks."""
+
+    device = torch.device("cuda", 0)
+
+    def numel(self):
+        return 2
+
+
+def test_stock_pytorch_goes_on_where_not_even_lengths_can_be_looked_at(monkeypatch):
+    """It runs a small kernel of ours beside stock PyTorch's; where that fails, wrong lengths are only clamped."""
+    from fastops.ops import rnn_lengths
+
+    looked = []
+
+    def clamp(lengths, steps):
+        looked.append(steps)
+        raise _library.LaunchFailed("fastops::clamp_lengths: no compiler")
+
+    monkeypatch.setattr(_library, "BROKEN", {})
+    monkeypatch.setattr(_env, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(rnn_lengths, "_clamp", clamp)
+    monkeypatch.setenv("FASTOPS_IMPL", "torch")
+    rnn_lengths.note_lengths(ElsewhereLengths(), 5)
+    assert not looked, "FASTOPS_IMPL=torch keeps Triton out"
+    monkeypatch.delenv("FASTOPS_IMPL")
+    with pytest.warns(RuntimeWarning, match="clamp_lengths: stock PyTorch runs from now on"):
+        rnn_lengths.note_lengths(ElsewhereLengths(), 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rnn_lengths.note_lengths(ElsewhereLengths(), 6)
+    assert looked == [5]
+    monkeypatch.setattr(_library, "BROKEN", {"rnn": "it fell over"})
+    rnn_lengths.note_lengths(ElsewhereLengths(), 7)
+    assert looked == [5], "what just failed is not tried in another kernel"
+
+
+def test_a_look_at_lengths_is_an_op_like_any_other():
+    from fastops.ops import rnn_lengths
+
+    given = torch.tensor([3, -1, 9, 0])
+    assert rnn_lengths._clamp(given, 5).tolist() == [3, 0, 5, 0]
+    with pytest.raises(ValueError, match=r"lengths\[2\] of an earlier fastops recurrent layer"):
+        rnn_lengths._clamp(given, 5)
+    torch.library.opcheck(rnn_lengths._clamp, (torch.tensor([1, 2]), 5))

@@ -179,11 +179,25 @@ def test_bad_requests_are_one_clear_line(tmp_path, monkeypatch, capsys, argument
     assert message in capsys.readouterr().err
 
 
+REFUSING = """
+import torch
+def net(): return torch.nn.Linear(3, 4)
+class Asserting(torch.nn.Module):
+    def forward(self, x): assert x.shape[1] == 3
+class Silent(torch.nn.Linear):
+    def __init__(self): super().__init__(5, 5)
+    def forward(self, x): pass
+"""
+
+
 def test_an_input_the_model_refuses(tmp_path, monkeypatch, capsys):
-    (tmp_path / "mine.py").write_text("import torch\ndef net(): return torch.nn.Linear(3, 4)\n")
+    (tmp_path / "mine.py").write_text(REFUSING)
     monkeypatch.chdir(tmp_path)
-    assert main(["profile", "--model", "mine:net", "--input", "2x5"]) == 2
-    assert "does not accept input 2x5" in capsys.readouterr().err
+    for name in ("net", "Asserting"):
+        assert main(["profile", "--model", f"mine:{name}", "--input", "2x5"]) == 2
+        assert "does not accept input 2x5" in capsys.readouterr().err
+    assert main(["profile", "--model", "mine:Silent", "--input", "2x5", "--train"]) == 2
+    assert "the model returned NoneType without a floating tensor" in capsys.readouterr().err
 
 
 CONVOLUTIONS = """

@@ -31,6 +31,7 @@ def test_ops_run_in_scopes_that_carry_their_flops(monkeypatch, device):
 
 
 OPTIONS = argparse.Namespace(script=None, arguments=[], model="torch.nn:Flatten", input=["2x3x4"], train=False, steps=2)
+vars(OPTIONS).update(module=None, html=None, json=None, trace=None, apply=False)
 
 
 def test_a_run_opens_and_closes_a_session(monkeypatch, capsys):
@@ -53,6 +54,12 @@ def test_a_run_opens_and_closes_a_session(monkeypatch, capsys):
     def no_gpu(name, hook):
         raise RuntimeError("no driver.")
 
+    module = {**vars(OPTIONS), "model": None, "script": "this", "arguments": ["-c"], "module": ["this", "-c"]}
+    assert proton.run_proton(argparse.Namespace(**module)) == 0  # python -m this
+    assert "Beautiful is better than ugly" in capsys.readouterr().out
+    for name in ("html", "json", "trace", "apply"):
+        with pytest.raises(BadRequest, match=f"--{name} is of the torch backend"):
+            proton.run_proton(argparse.Namespace(**{**vars(OPTIONS), name: "r.html"}))
     recorder.start = no_gpu
     with pytest.raises(BadRequest, match=r"Proton cannot start here: no driver; it needs an NVIDIA GPU"):
         proton.run_proton(OPTIONS)

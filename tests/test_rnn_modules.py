@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastops
+from tests.conftest import KERNELS
 from tests.rule import assert_within_rule
 
 CLASSES = [
@@ -354,3 +355,37 @@ def test_a_choice_by_name_never_falls_back():
     assert "impl='triton'" in repr(module)
     with pytest.raises(fastops.KernelUnavailable, match="triton"):
         module(torch.randn(4, 2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("impl", ["auto", "step"])
+@pytest.mark.parametrize("projection", [0, 2])
+@pytest.mark.parametrize(
+    ("gates", "bias"),
+    [
+        (slice(4, 8), -1e9),
+        (slice(4, 8), -float("inf")),
+        (slice(0, 16), 3e4),
+        (slice(0, 4), float("inf")),
+    ],
+    ids=["never forgets", "infinite", "all open", "input open"],
+)
+def test_a_cell_passes_through_padding_whatever_its_biases(impl, projection, gates, bias):
+    """Stock PyTorch is kept from updating c there by its gates, which a bias must not win back."""
+    if impl != "auto" and (projection or not KERNELS):
+        pytest.skip("no kernel projects" if projection else "takes a kernel")
+    ours = fastops.nn.LSTM(3, 4, proj_size=projection, impl=impl)
+    with torch.no_grad():
+        ours.bias_ih_l0[gates] = bias
+    stock = nn.LSTM(3, 4, proj_size=projection)
+    stock.load_state_dict(ours.state_dict())
+    x, lengths = torch.randn(5, 2, 3), torch.tensor([2, 5])
+    _, expected = stock(nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False))
+    _, found = ours(x, lengths=lengths)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    if impl == "auto":
+        grads = [
+            torch.autograd.grad(c.sum(), list(net.parameters())) for net, (_, c) in ((ours, found), (stock, expected))
+        ]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)

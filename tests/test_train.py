@@ -458,8 +458,8 @@ class TestCommandLine:
     def test_the_command_to_go_on_repeats_what_no_checkpoint_keeps(self, tmp_path):
         """And nothing that it keeps, nor what a new run alone can be told."""
         text = "--root 'my texts' --epochs 7 --no-accelerate --compile --deterministic --device cpu --early-stop 2"
-        text += f" --save-every 5 --out {tmp_path} --metrics m.jsonl --plot p.png --text-column a --label-column b"
-        kept = "--preset tiny --data table --lr 0.1 --seed 3 --freeze x --init-from old.pt"
+        text += " --save-every 5 --metrics m.jsonl --plot p.png --text-column a --label-column b"
+        kept = f"--preset tiny --data table --lr 0.1 --seed 3 --freeze x --init-from old.pt --out {tmp_path}"
 
         def parsed(words):
             return vars(command.parser().parse_args(words))
@@ -526,6 +526,28 @@ def test_ctrl_c_saves_and_the_run_goes_on(table, tmp_path):
     finished = checkpoint.load(out / "last.pt")["progress"]
     assert finished["epoch"] == stopped["epoch"] + 1
     assert finished["losses"][: stopped["step"]] == stopped["losses"]
+
+
+def test_no_run_writes_over_anothers_checkpoints(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fresh = options(table, tmp_path, epochs=1, out=None)
+    assert fresh.folder == "runs/transformer"
+    assert train(fresh) == 0
+    assert fresh.folder == "runs/transformer-2"
+    first = Path("runs/transformer/last.pt").read_bytes()
+    assert train(fresh) == 0
+    assert Path("runs/transformer/last.pt").read_bytes() == first
+    with pytest.raises(OptionError, match="--out runs/transformer: an earlier run's checkpoints are there; go on with"):
+        train(dataclasses.replace(fresh, out="runs/transformer"))
+    resumed = Options(model="transformer", root=str(table), resume="runs/transformer/last.pt", epochs=2)
+    assert train(resumed) == 0
+    assert checkpoint.load(Path("runs/transformer/last.pt"))["progress"]["epoch"] == 2
+    assert not Path("runs/transformer-3").exists()
+
+
+def test_the_command_to_go_on_starts_as_many_processes():
+    words = Options(model="lstm", epochs=3, out="o").command_to_resume(Path("o/last.pt"), 4)
+    assert words == "torchrun --nproc-per-node=4 -m models.train lstm --resume o/last.pt --epochs 3"
 
 
 def test_two_processes_learn_as_one_with_the_double_batch(table, tmp_path):

@@ -167,6 +167,8 @@ def _convolutions(model: nn.Module, wanted: Filter, tracing: bool) -> Iterator[R
         stays = _why_not_sequential(module)
         if type(module).forward not in (nn.Sequential.forward, Sequential.forward):
             stays = f"{type(module).__name__}, its Sequential, has a forward of its own"
+        elif type(module).__iter__ is not nn.Sequential.__iter__:
+            stays = f"{type(module).__name__}, its Sequential, has an __iter__ of its own"
         done = isinstance(module, Sequential)
         chosen = [g for g in found if wanted(module._modules[g.name], _join(path, g.name))]  # type: ignore[arg-type]
         apart = tuple(g.name for g in found if g.length and g not in chosen)

@@ -188,7 +188,7 @@ def user_cases(
     return cases
 
 
-def parse_constexprs(texts: Iterable[str]) -> dict[str, Any]:
+def parse_constexprs(texts: Iterable[str], what: str = "constexpr", example: str = "BLOCK=128") -> dict[str, Any]:
     """{"BLOCK": 128, "DTYPE": tl.float16} of ["BLOCK=128", "DTYPE=tl.float16"]; several may share a text by commas."""
     found: dict[str, Any] = {}
     for text in texts:
@@ -196,7 +196,7 @@ def parse_constexprs(texts: Iterable[str]) -> dict[str, Any]:
         for part in re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", text):
             name, equals, value = (piece.strip() for piece in part.partition("="))
             if not equals or not name.isidentifier():
-                raise InspectionError(f"constexpr {part!r}: expected NAME=VALUE, e.g. BLOCK=128")
+                raise InspectionError(f"{what} {part!r}: expected NAME=VALUE, e.g. {example}")
             found[name] = _value(value)
     return found
 

@@ -29,7 +29,8 @@ examples:
   fastops inspect my.py:add_kernel --signature "*fp16,*fp16,i32" --constexpr BLOCK=1024 --target H100,sm_120
   fastops inspect --check tests/static                exit code 1 where a kernel got worse, naming each figure
 
-Kernels are compiled, never run; no GPU is needed. Exit codes: 0 fine, 1 a regression, 2 bad input.
+Kernels are compiled, never run; no GPU is needed. Exit codes: 0 fine, 1 a regression, 2 bad input or a kernel that
+does not compile, 130 interrupted.
 """
 
 
@@ -232,7 +233,7 @@ def _cases(arguments: argparse.Namespace) -> tuple[list[StaticCase], bool]:
                 catalog.parse_constexprs(arguments.constexpr),
                 num_warps=arguments.num_warps,
                 num_stages=arguments.num_stages,
-                options=catalog.parse_constexprs(arguments.option),
+                options=catalog.parse_constexprs(arguments.option, "--option", "num_ctas=2"),
                 grid=arguments.grid,
                 flops=arguments.flops,
                 bytes=arguments.bytes,

@@ -49,6 +49,12 @@ class StaticCase:
     bytes: float | None = None
 
     def launched_on(self, capability: int) -> bool:
-        """Whether the library launches it there; a capability that cases do not name goes by the nearest one below."""
+        """Whether the library launches it there.
+
+        A capability that cases do not name goes by the nearest one below. So does sm_120 only for what names it: else
+        by sm_86, as consumer GPUs have tensor cores and memory of that kind.
+        """
+        if capability >= 120 and 120 not in self.targets:
+            capability = 86
         known = {*StaticCase.targets, *self.targets}
         return max((number for number in known if number <= capability), default=0) in self.targets

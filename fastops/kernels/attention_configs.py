@@ -76,10 +76,13 @@ def configuration(kernel: str, block_d: int, element_size: int, sm: int, form: F
         return _bias(block_d) if 90 <= sm < 120 else _small_bias(block_d)
     # at D=256 pointers leave no room beside the accumulators of a warp-group MMA
     large = 90 <= sm < 120 and (block_d <= 128 or form.tma)
+    instead = None
     if large and sm >= 100:
         instead = _blackwell(kernel, block_d, form)
-        if instead is not None:
-            return instead
+    elif sm >= 120:
+        instead = _consumer_blackwell(kernel, block_d, form)
+    if instead is not None:
+        return instead
     choose = {
         "forward": _forward if large else _small_forward,
         "dkdv": _dkdv if large else _small_dkdv,
@@ -108,6 +111,19 @@ def _blackwell(kernel: str, block_d: int, form: Form) -> Config | None:
         if block_d > 64 and form.dropout:
             return Config(128, 64, 8, 2, lag=True)
     return None
+
+
+def _consumer_blackwell(kernel: str, block_d: int, form: Form) -> Config | None:
+    """What differs from sm_86: for the same tiles the assembler for sm_120 needs more registers."""
+    if kernel == "forward":
+        return Config(64, 64, 8, 2, lean=True) if 64 < block_d <= 128 else None
+    if kernel == "dkdv":
+        if block_d <= 64:
+            return None if form.scored else Config(64, 32, 4, 2, lean=True)
+        return Config(64, 64, 8, 1, lean=True) if block_d <= 128 else Config(32, 32, 8, 1, lean=True)
+    if block_d <= 64:
+        return Config(64, 32, 4, 1, lean=True) if form.scored else None
+    return Config(64, 32, 4, 2, lean=True) if block_d <= 128 else None
 
 
 def _fp32(kernel: str, block_d: int) -> Config:
@@ -166,14 +182,15 @@ def _small_dkdv(block_d: int, form: Form) -> Config:
     if block_d > 128:
         return Config(32, 32, 4, 1, lean=True)
     if block_d > 64:
-        return Config(64, 64, 8, 1, lean=True) if form.dropout else Config(32, 64, 4, 1, lean=True)
+        return Config(64, 64, 8, 1, lean=True) if form.dropout or form.grouped else Config(32, 64, 4, 1, lean=True)
     if form.scored:
         return Config(64, 32, 4, 1, lean=True)
-    return Config(64, 32 if form.dropout else 64, 4, 2, lean=True)
+    crowded = form.dropout or (form.causal and not form.packed)
+    return Config(64, 32 if crowded else 64, 4, 2, lean=True)
 
 
 def _small_dq(block_d: int, form: Form) -> Config:
     if block_d > 128:
         return Config(32, 32, 4, 1, lean=True)
-    busy = form.dropout or form.scored
+    busy = form.dropout or form.scored or form.banded or (form.causal and not form.packed)
     return Config(64, 32 if block_d > 64 and busy else 64, 4, 2, lean=block_d <= 64 or busy or form.packed)

@@ -49,7 +49,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 COMMON = ("lengths", "causal", "lengths,dropout", "causal,dropout")  # compiled for all GPUs of a family
 POINTERS = ("lengths", "lengths,dropout", "padded,dropout", "packed,causal", "float mask")
-SMALL = ("lengths", "causal,dropout", "padded,dropout", "packed,causal", "float mask")
+SMALL = ("lengths", "causal", "causal,dropout", "padded,dropout", "packed,causal", "float mask")
 INTEGERS = ("key_range_ptr", "key_lengths_ptr", "query_lengths_ptr", "cu_q_ptr", "cu_k_ptr")
 SUMS = ("lse_ptr", "slopes_ptr", "lse2_ptr", "delta_ptr", "partial_ptr")
 REALS = ("scale", "softcap", "keep_scale", "grad_scale", "value_scale", "keep_probability")
@@ -148,7 +148,9 @@ def _cases(kernel: str, head_dim: int, dtype: str, forms: Iterable[str], *, sm: 
             banded=flags["WINDOW"] or flags["ALIBI"],
             scored=bool(flags["SOFTCAP"] or flags["MASK"] in (1, 2)),
         )
-        targets = (sm, 86 if sm < 90 else 100) if form in COMMON and tma is (sm >= 90) else (sm,)
+        targets: tuple[int, ...] = (sm,)
+        if form in COMMON and tma is (sm >= 90):
+            targets = (80, 86, 120) if sm < 90 else (90, 100)
         shared: dict[Config, list[int]] = {}  # capabilities by the configuration they run
         for target in targets:
             shared.setdefault(configuration(kernel, head_dim, BITS[dtype] // 8, target, needs), []).append(target)

@@ -12,7 +12,7 @@ from fastops.kernels import conv2d, conv2d_backward, conv2d_boxes, conv2d_gather
 from fastops.kernels._static import StaticCase
 from fastops.kernels.conv2d import Shape, Tile, precision
 
-TMA_TARGETS = (90, 100)
+TMA_TARGETS = (90, 100, 120)
 NAMES = {"16-bit": ("fp16", "bf16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 

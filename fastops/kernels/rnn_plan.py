@@ -115,21 +115,20 @@ def persistent(
             f"with tensor memory (sm_{machine.target}) a plain RNN runs persistently up to a hidden size of "
             f"{1024 // itemsize} in this dtype, got {hidden}"
         )
-    plans = _backward_plans if backward else _forward_plans
-    least = None
-    for plan, needed in plans(mode, hidden, directions, itemsize, machine):
-        least = needed if least is None else min(least, needed)
-        if needed <= machine.shared_bytes and plan.batch_tiles >= 1:
-            if -(-batch // plan.block_b) <= plan.batch_tiles:
-                return plan
-            fallback = plan
-            least = -1
-    if least == -1:
-        return fallback
+    plans = list((_backward_plans if backward else _forward_plans)(mode, hidden, directions, itemsize, machine))
+    fitting = [plan for plan, needed in plans if needed <= machine.shared_bytes and plan.batch_tiles >= 1]
+    for plan in fitting:
+        if -(-batch // plan.block_b) <= plan.batch_tiles:
+            return plan
+    if fitting:
+        return fitting[-1]
+    sizes = f"hidden size {hidden} in {directions} direction(s)"
+    least = min(needed for _, needed in plans)
+    if least > machine.shared_bytes:
+        return f"{sizes} needs {least} bytes of shared memory a block, sm_{machine.target} has {machine.shared_bytes}"
     return (
-        f"hidden size {hidden} in {directions} direction(s) needs {least} bytes of shared memory in each of "
-        f"{directions * -(-hidden // 16)} programs that are resident together; sm_{machine.target} has "
-        f"{machine.shared_bytes} bytes a block and {machine.multiprocessors} multiprocessors"
+        f"{sizes} needs {directions * plans[0][0].tiles} programs that are resident together, this GPU has "
+        f"{machine.multiprocessors} multiprocessors"
     )
 
 

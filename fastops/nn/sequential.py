@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class Sequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """All children in turn."""
+        if type(self).__iter__ is not nn.Sequential.__iter__:  # a subclass's, which says what runs in which order
+            return super().forward(input)
         impl = choose_impl(self.impl, IMPLS)
         if impl == "torch" or not isinstance(input, Tensor) or (impl == "auto" and not input.is_cuda):
             # nn.Sequential.forward; going there through super() costs a small layer on the CPU some percent
@@ -63,6 +66,25 @@ class Sequential(nn.Sequential):
                 {name: self.__dict__[name] for name in ("impl", "apart", WAS) if name in self.__dict__}
             )
         return part
+
+    def insert(self, index: int, module: nn.Module) -> Any:
+        """As nn.Sequential's, which gives the modules after it other names."""
+        with self._apart_kept():
+            return super().insert(index, module)
+
+    def __delitem__(self, index: slice | int) -> None:
+        """As nn.Sequential's, which gives the modules after it other names."""
+        with self._apart_kept():
+            super().__delitem__(index)
+
+    @contextmanager
+    def _apart_kept(self) -> Iterator[None]:
+        apart = [self._modules.get(name) for name in self.apart]
+        yield
+        if apart:
+            self.__dict__["apart"] = tuple(
+                name for name, module in self._modules.items() if any(module is one for one in apart)
+            )
 
     def fused(self) -> Iterator[tuple[int, int]]:
         """(index, length) of each run of children that is taken together."""
@@ -130,8 +152,9 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 def why_not_its_class(module: nn.Module) -> str | None:
     """Why a call of a module may be something else than its class says, hooks that only look on left aside; or None."""
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
+    for name in ("forward", "_conv_forward"):
+        if name in module.__dict__:
+            return f"its {name} was replaced on the instance"
     if module._compiled_call_impl is not None:
         return "it is compiled on its own"
     for hook in module._forward_pre_hooks.values():

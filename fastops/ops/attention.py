@@ -65,7 +65,7 @@ def scaled_dot_product_attention(
         scale: factor of the scores, 1 / sqrt(D) by default.
         enable_gqa: H of query may be a multiple of H of key and value.
         key_lengths: (...) integers on the device, keys at or past it are not seen, nor read as numbers (NaN there does
-            not spread), nor paid for.
+            not spread), nor paid for; those outside 0..Sk are taken for the nearest.
         query_lengths: (...) integers, rows at or past it give 0 and are not paid for.
         window: (left, right), query i sees keys i - left <= j <= i + right; -1 or None for no bound.
         softcap: c > 0 replaces the scaled scores by c tanh(scores / c), before masks.
@@ -296,9 +296,10 @@ def why_not(
         return f"the kernels take fp16, bf16 and fp32, not {query.dtype}"
     if query.dtype == torch.bfloat16 and _env.interpreting():
         return "Triton's interpreter computes bf16 wrongly"
-    transform = _library.why_no_transform(vmap=False)
-    if transform is not None:
-        return transform
+    unable = _library.why_not_dense(query=query, key=key, value=value, attn_mask=attn_mask)
+    unable = unable or _library.why_no_transform(vmap=False)
+    if unable is not None:
+        return unable
     if not 1 <= query.shape[-1] <= 256:
         return f"the kernels take head dims 1 to 256, not {query.shape[-1]}"
     if value.shape[-1] != query.shape[-1]:
@@ -343,7 +344,7 @@ def _engine(
             head_dim=query.shape[-1],
             q_len=query.shape[-2],
             dtype=query.dtype,
-            sm=_sm(query.device),
+            gpu=_env.gpu_facts(query.device),
             mask="none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "float",
             lengths=key_lengths is not None or query_lengths is not None or _hides_keys_alone(attn_mask, query, key),
             alibi=alibi_slopes is not None,
@@ -359,7 +360,7 @@ def facts(
     head_dim: int,
     q_len: int,
     dtype: torch.dtype,
-    sm: int,
+    gpu: dict[str, Any],
     mask: str = "none",
     lengths: bool = False,
     alibi: bool = False,
@@ -373,7 +374,7 @@ def facts(
         "head_dim_mod_8": head_dim % 8,
         "q_len": q_len,
         "dtype": str(dtype).removeprefix("torch."),
-        "sm": sm,
+        **gpu,
         "mask": mask,
         "lengths": lengths,
         "alibi": alibi,
@@ -391,11 +392,6 @@ def _hides_keys_alone(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> b
     if attn_mask is None or attn_mask.dim() < 4 or query.shape[-2] == 1:
         return False
     return attn_mask.shape[-2] == 1 and attn_mask.shape[-1] == key.shape[-2] > 1
-
-
-def _sm(device: torch.device) -> int:
-    major, minor = _env.capability(_env.index_of(device))
-    return 10 * major + minor
 
 
 # what `fastops env` shows: the call in words, and its facts
@@ -421,8 +417,8 @@ _EXAMPLES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def explain_auto() -> list[dict[str, str]]:
     """What "auto" runs for typical calls, for `fastops env`."""
-    _, (major, minor) = _env.shown_gpu()
-    usual = {"head_dim": 64, "q_len": 512, "dtype": torch.bfloat16, "sm": 10 * major + minor, "options": Options(0.125)}
+    usual: dict[str, Any] = {"head_dim": 64, "q_len": 512, "dtype": torch.bfloat16, "options": Options(0.125)}
+    usual["gpu"] = _env.shown_gpu_facts()
     return [
         tuning.explained("attention", example, tuning.choose(ROWS, facts(**{**usual, **given})))
         for example, given in _EXAMPLES

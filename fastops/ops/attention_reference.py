@@ -166,10 +166,13 @@ def stock(
         out = _sliced(query, key, value, attn_mask, options, key_lengths, query_lengths, alibi_slopes, enable_gqa)
         if out is not None:
             return out, None
-    # 0 x NaN is NaN: what lies past a length must not be read as a number. Where no gradient will show it, it shows in
-    # the output, which is the smallest thing to look at
+    # 0 x NaN is NaN, and 0 times what overflows as well: nothing past a length may be read as a number. Where no
+    # gradient will show it, it shows in the output, which is the smallest thing to look at
     looked_at = can_slice and not options.dropout_p and not _needs_grad(query, key, value, attn_mask)
-    if key_lengths is not None and not looked_at and not (can_slice and _finite(key, value)):
+    unseen = None if query_lengths is None else past(query_lengths, query.shape[-2])[..., None, :, None]
+    if unseen is not None:
+        query = query.masked_fill(unseen, 0.0)
+    if key_lengths is not None and not looked_at:
         dead = past(key_lengths, key.shape[-2])[..., None, :, None]
         key, value = key.masked_fill(dead, 0.0), value.masked_fill(dead, 0.0)
     if causal and not lengths_given:
@@ -190,7 +193,7 @@ def stock(
         dead = past(key_lengths, key.shape[-2])[..., None, :, None]
         key, value = key.masked_fill(dead, 0.0), value.masked_fill(dead, 0.0)
         out = _sdpa(query, key, value, mask, options, False, enable_gqa)
-    return out, None
+    return out if unseen is None else out.masked_fill(unseen, 0.0), None
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -213,7 +216,8 @@ def padded_inference(
         return None
     if not q_len or heads * head_dim * q_len * k_len > 2 * WORTH_A_CALL:
         return None
-    mask = torch.arange(k_len, dtype=key_lengths.dtype) < key_lengths[:, None, None, None]
+    positions = torch.arange(k_len, dtype=key_lengths.dtype, device=key_lengths.device)
+    mask = positions < key_lengths[:, None, None, None]
     out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     try:  # 0 x NaN is NaN: a dead key or value that is not finite shows in the output
         return out if math.isfinite(out.sum().item()) else None
@@ -340,6 +344,8 @@ def packed(
     """
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outs, lses = [query.new_zeros((0, query.shape[1], value.shape[-1]))], []
+    if len(ends_q) == 1:  # no sequence, but a graph: all gradients are 0
+        outs[0] = outs[0] + (query[:0].sum() + key[:0].sum() + value[:0].sum())
     for i in range(len(ends_q) - 1):
         q = query[ends_q[i] : ends_q[i + 1]].transpose(0, 1)
         k = key[ends_k[i] : ends_k[i + 1]].transpose(0, 1)
@@ -360,7 +366,7 @@ def packed(
                 options,
                 alibi_slopes=slopes,
                 shift=shift,
-                enable_gqa=q.shape[0] != k.shape[0],
+                enable_gqa=bool(q.shape[0] != k.shape[0]),  # a tensor while torch.jit traces
                 return_lse=return_lse,
             )
             out, lse = out[0], None if lse is None else lse[0]

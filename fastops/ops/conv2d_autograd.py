@@ -19,9 +19,13 @@ ROWS = tuning.load("conv2d_relu")
 
 def device_facts(tensor: Tensor, direction: str) -> dict[str, Any]:
     """What rows of the tuning table may ask of a tensor, in a pass: forward, input_grad or weight_grad."""
-    facts = {"pass": direction, "device": tensor.device.type, "dtype": str(tensor.dtype).removeprefix("torch.")}
+    facts: dict[str, Any] = {
+        "pass": direction,
+        "device": tensor.device.type,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+    }
     if tensor.device.type == "cuda":
-        facts["gpu"] = _env.device_name(_env.index_of(tensor.device))
+        facts |= _env.gpu_facts(tensor.device)
     return facts
 
 

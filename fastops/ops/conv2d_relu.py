@@ -66,9 +66,9 @@ def why_not(
     reason = _env.why_no_triton(input.device)
     if reason is not None:
         return reason
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.layout != torch.strided or tensor.is_quantized):
-            return f"{name} is not a dense tensor ({tensor.layout})"
+    layout = _library.why_not_dense(input=input, weight=weight, bias=bias)
+    if layout is not None:
+        return layout
     if input.dtype not in DTYPES:
         return f"the tensors are {input.dtype}, the kernels know float16, bfloat16 and float32"
     if input.dtype == torch.bfloat16 and _env.interpreting():
@@ -305,11 +305,10 @@ def explain_auto() -> list[dict[str, str]]:
         "conv1 of AlexNet with its max-pool, fp16": ("float16", 3, 64, 55, True),
         "conv4 of AlexNet, fp32": ("float32", 384, 256, 13, False),
     }
-    gpu, _ = _env.shown_gpu()
     choices = []
     for example, (dtype, channels, maps, width, pool) in examples.items():
         facts = {
-            **{"pass": "forward", "device": "cuda", "gpu": gpu, "dtype": dtype, "compiling": False},
+            **{"pass": "forward", "device": "cuda", "dtype": dtype, "compiling": False, **_env.shown_gpu_facts()},
             **{"pool": pool, "bias": True, "groups": 1, "channels": channels, "maps": 256 * maps * width * width},
         }
         op = "conv2d_relu_max_pool2d" if pool else "conv2d_relu"

@@ -80,7 +80,7 @@ def choose(gates: Tensor, hidden: int, impl: str) -> str:
         facts = {**able, "hidden": hidden, "dtype": str(gates.dtype).removeprefix("torch.")}
         if not any(able.values()):
             return "torch"
-        return tuning.choose(ROWS, {**facts, "gpu": _env.device_name(_env.index_of(gates.device))}).engine
+        return tuning.choose(ROWS, {**facts, **_env.gpu_facts(gates.device)}).engine
     if engine == "torch":
         return engine
     reason = why_not(gates, hidden, engine)
@@ -177,8 +177,29 @@ _backward = _library.define(
 
 class _LayerNormLSTM(torch.autograd.Function):
     @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return _library.for_graph(_forward, arguments[-1])(*arguments[:-1])
+    def forward(
+        gates: Tensor,
+        w_hh: Tensor,
+        gain_hh: Tensor,
+        gain_c: Tensor,
+        bias_c: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        mask_h: Tensor | None,
+        mask_c: Tensor | None,
+        lengths: Tensor | None,
+        keep_h: float,
+        keep_c: float,
+        eps: float,
+        reverse: bool,
+        batch_first: bool,
+        save: bool,
+        engine: str,
+        auto: bool,
+    ) -> Any:
+        # spelled out: torch.compile without gradients takes the first of *arguments for a context
+        tensors = (gates, w_hh, gain_hh, gain_c, bias_c, h0, c0, mask_h, mask_c, lengths)
+        return _library.for_graph(_forward, auto)(*tensors, keep_h, keep_c, eps, reverse, batch_first, save, engine)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -210,7 +231,7 @@ class _LayerNormLSTM(torch.autograd.Function):
             grad_gain, grad_gain_c, grad_bias_c = sums.to(gain_hh.dtype).split((4 * hidden, hidden, hidden))
             return grad_gates, grad_w, grad_gain, grad_gain_c, grad_bias_c, grad_h0, grad_c0
 
-        if _library.differentiable_again():
+        if _library.differentiable_again(grads[:3]):
             return *stock(again=True), *rest
         return *_library.or_stock("layer_norm_lstm", ctx.auto, kernels, stock), *rest
 
@@ -313,7 +334,7 @@ def layer_norm_lstm(
 
 def explain_auto() -> list[dict[str, str]]:
     """What "auto" runs for typical calls, for `fastops env`."""
-    common = {"step": True, "dtype": "float16", "gpu": _env.shown_gpu()[0]}
+    common = {"step": True, "dtype": "float16", **_env.shown_gpu_facts()}
     return [
         tuning.explained("layer_norm_lstm", f"H={hidden} fp16", tuning.choose(ROWS, {**common, **facts}))
         for hidden, facts in ((64, {"hidden": 64, "small": True}), (512, {"hidden": 512, "small": False}))

@@ -74,9 +74,9 @@ def why_not(
         return f"the dtype is {input.dtype}, the kernels take fp16, bf16 and fp32"
     if input.dtype == torch.bfloat16 and _env.interpreting():
         return "Triton's interpreter computes bf16 products wrongly"
-    transform = _library.why_no_transform()
-    if transform is not None:
-        return transform
+    unable = _library.why_not_dense(input=input, h0=h0, c0=c0) or _library.why_no_transform()
+    if unable is not None:
+        return unable
     if _env.jit_tracing():
         return "torch.jit.trace records sizes as tensors, of which no tile sizes follow"
     if input.numel() == 0:
@@ -95,11 +95,20 @@ def why_not(
     from fastops.kernels import rnn_plan
 
     machine = rnn_plan.Machine.at(input.device)
+    return _why_no_plan(engine, mode, hidden, batch, len(weights), input.element_size(), machine)
+
+
+def _why_no_plan(
+    engine: str, mode: str, hidden: int, batch: int, directions: int, itemsize: int, machine: Any
+) -> str | None:
+    """Why a GPU has no room for "small" or "persistent", forward or backward."""
+    from fastops.kernels import rnn_plan
+
     for backward in (False, True):
         if engine == "small":
-            plan = rnn_plan.small(mode, hidden, input.element_size(), machine, backward)
+            plan = rnn_plan.small(mode, hidden, itemsize, machine, backward)
         else:
-            plan = rnn_plan.persistent(mode, hidden, batch, len(weights), input.element_size(), machine, backward)
+            plan = rnn_plan.persistent(mode, hidden, batch, directions, itemsize, machine, backward)
         if isinstance(plan, str):
             return plan
     return None
@@ -206,6 +215,9 @@ _backward_op = _library.define(
 )
 
 
+MOST_WEIGHTS = 8  # four of each direction
+
+
 class _RecurrentLayer(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -219,14 +231,25 @@ class _RecurrentLayer(torch.autograd.Function):
         engine: str,
         save: bool,
         auto: bool,
-        *weights: Tensor,
+        weight_0: Tensor,
+        weight_1: Tensor,
+        weight_2: Tensor | None,
+        weight_3: Tensor | None,
+        weight_4: Tensor | None,
+        weight_5: Tensor | None,
+        weight_6: Tensor | None,
+        weight_7: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        # spelled out: torch.compile without gradients takes the first of *weights for a context
+        padded = (weight_0, weight_1, weight_2, weight_3, weight_4, weight_5, weight_6, weight_7)
+        weights = [w for w in padded if w is not None]
         launch = _library.for_graph(_forward_op, auto)
-        return launch(input, h0, c0, list(weights), lengths, mode, batch_first, batch_rows, engine, save)
+        return launch(input, h0, c0, weights, lengths, mode, batch_first, batch_rows, engine, save)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, h0, c0, lengths, mode, batch_first, batch_rows, engine, _, ctx.auto, *weights = inputs
+        input, h0, c0, lengths, mode, batch_first, batch_rows, engine, _, ctx.auto, *padded = inputs
+        weights = [w for w in padded if w is not None]
         ctx.save_for_backward(input, h0, c0, lengths, output[0], *output[3:], *weights)
         ctx.mark_non_differentiable(*output[3:], *(() if mode == "LSTM" else output[2:3]))
         ctx.set_materialize_grads(False)
@@ -237,7 +260,7 @@ class _RecurrentLayer(torch.autograd.Function):
         input, h0, c0, lengths, output, gates, before, cells, *weights = ctx.saved_tensors
         mode, batch_first, batch_rows, engine = ctx.options
         d_output, d_h_n, d_c_n = gradients[:3]
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2)] + list(ctx.needs_input_grad[10:])
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2)] + list(ctx.needs_input_grad[10 : 10 + len(weights)])
 
         def by_torch(again: bool = False) -> list[Tensor | None]:
             def formula(input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -269,13 +292,13 @@ class _RecurrentLayer(torch.autograd.Function):
             )
             return [x if needed else None for x, needed in zip(results, needs, strict=True)]
 
-        if _library.differentiable_again():
+        if _library.differentiable_again(gradients[:3]):
             found = by_torch(again=True)
         elif d_output is None and d_h_n is None and d_c_n is None:
             found = [None] * len(needs)
         else:
             found = _library.or_stock("rnn", ctx.auto, by_kernels, by_torch)
-        return *found[:3], *[None] * 7, *found[3:]
+        return *found[:3], *[None] * 7, *found[3:], *[None] * (MOST_WEIGHTS - len(weights))
 
 
 def recurrent_layer(
@@ -355,6 +378,7 @@ def _run(
             torch.is_grad_enabled() and len(differentiated) > 0,  # torch 2.11 cannot trace bool() of a list
             auto,
             *flat,
+            *[None] * (MOST_WEIGHTS - len(flat)),
         )
         return output, h_n, c_n if mode == "LSTM" else None
 
@@ -395,8 +419,6 @@ def choose(
 def _from_table(mode: str, input: Tensor, weights: Sequence[Weights], lengths: Tensor | None, batch_first: bool) -> str:
     if input.device.type != "cuda" or input.numel() == 0 or "rnn" in _library.BROKEN:
         return "torch"
-    index = _env.index_of(input.device)
-    major, minor = _env.capability(index)
     steps, batch = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
     facts = {
         "mode": mode,
@@ -407,16 +429,14 @@ def _from_table(mode: str, input: Tensor, weights: Sequence[Weights], lengths: T
         "batch": batch,
         "directions": len(weights),
         "ragged": lengths is not None,
-        "capability": 10 * major + minor,
-        "gpu": _env.device_name(index),
+        **_env.gpu_facts(input.device),
     }
     return tuning.choose(ROWS, facts).engine
 
 
 def explain_auto() -> list[dict[str, str]]:
     """What "auto" runs for typical calls, for `fastops env`."""
-    gpu, (major, minor) = _env.shown_gpu()
-    common = {"capability": 10 * major + minor, "gpu": gpu, "directions": 1, "ragged": False, "steps": 128}
+    common = {"mode": "LSTM", "directions": 1, "ragged": False, "steps": 128, **_env.shown_gpu_facts()}
     examples: list[tuple[str, dict[str, Any]]] = [
         ("LSTM bf16 H=512 B=64", {"dtype": "bfloat16", "hidden": 512, "input_size": 512, "batch": 64}),
         ("LSTM fp16 H=512 B=64", {"dtype": "float16", "hidden": 512, "input_size": 512, "batch": 64}),
@@ -429,5 +449,20 @@ def explain_auto() -> list[dict[str, str]]:
         ("LSTM fp32 H=64 B=8", {"dtype": "float32", "hidden": 64, "input_size": 64, "batch": 8}),
         ("LSTM fp16 H=2048 B=64", {"dtype": "float16", "hidden": 2048, "input_size": 2048, "batch": 64}),
     ]
-    rows = [(name, tuning.choose(ROWS, {"mode": "LSTM"} | common | facts)) for name, facts in examples]
-    return [tuning.explained("recurrent_layer", name, row) for name, row in rows]
+    return [_explained(name, common | facts) for name, facts in examples]
+
+
+def _explained(example: str, facts: dict[str, Any]) -> dict[str, str]:
+    row = tuning.choose(ROWS, facts)
+    told = tuning.explained("recurrent_layer", example, row)
+    if row.engine not in ("small", "persistent"):
+        return told
+    from fastops.kernels.rnn_plan import Machine
+
+    here = torch.cuda.is_available() and _env.why_no_triton(torch.device("cuda")) is None
+    count = _env.multiprocessors(torch.cuda.current_device()) if here else None
+    machine = Machine.of(facts["capability"], count)
+    size = 4 if facts["dtype"] == "float32" else 2
+    call = facts["mode"], facts["hidden"], facts["batch"], facts["directions"], size
+    reason = _why_no_plan(row.engine, *call, machine)
+    return told if reason is None else {**told, "engine": "torch", "why": f"{reason} ({row.engine}: {told['why']})"}

@@ -47,7 +47,7 @@ def why_not(input: Tensor) -> str | None:
         return reason
     if input.dtype not in DTYPES:
         return f"the kernels take fp16, bf16 and fp32, not {input.dtype}"
-    return _library.why_no_transform()
+    return _library.why_not_dense(input=input) or _library.why_no_transform()
 
 
 def _check(
@@ -107,7 +107,7 @@ def choose(impl: str, input: Tensor) -> str:
         return engine
     if input.device.type != "cuda" or "rnn_cell" in _library.BROKEN or why_not(input) is not None:
         return "torch"
-    facts = {"dtype": str(input.dtype).removeprefix("torch."), "gpu": _env.device_name(_env.index_of(input.device))}
+    facts = {"dtype": str(input.dtype).removeprefix("torch."), **_env.gpu_facts(input.device)}
     return tuning.choose(ROWS, facts).engine
 
 
@@ -223,5 +223,5 @@ def rnn_relu_cell(
 
 def explain_auto() -> list[dict[str, str]]:
     """What "auto" runs for a typical step, for `fastops env`."""
-    facts = {"dtype": "float16", "gpu": _env.shown_gpu()[0]}
+    facts = {"dtype": "float16", **_env.shown_gpu_facts()}
     return [tuning.explained("lstm_cell", "B=64 H=512 fp16", tuning.choose(ROWS, facts))]

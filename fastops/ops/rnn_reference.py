@@ -18,8 +18,10 @@ from fastops.ops.rnn_lengths import note_lengths
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
-# pushes a sigmoid to exactly 0 or 1 in every dtype, and is finite in fp16
-SHUT = 2.0e4
+# a number and a weight whose product pushes a sigmoid to exactly 0 or 1 whatever else is added, and a bias that does so
+# where nothing else is; fp16 reaches no further
+SHUT = {torch.float16: (6.0e4, 2.0e4, 6.0e4)}
+SHUT_ELSE = (1.0e18, 1.0e18, 1.0e30)
 
 
 def step(
@@ -102,8 +104,8 @@ def stock(
     Weights with a fifth tensor w_hr (P, H) are those of an LSTM with a projection: h has P numbers, c has H.
 
     Rows of different lengths need no packing: a reverse direction reads each row reversed within its length, outputs
-    past the end are zeroed, h_n is picked from the output, and for c_n an extra input column, 1 in the padding, shuts
-    the input gate and opens the forget gate, so that the cell state passes through the padding unchanged.
+    past the end are zeroed, h_n is picked from the output, and for c_n an extra input column, huge in the padding,
+    shuts the input gate and opens the forget gate, so that the cell state passes through the padding unchanged.
     """
     if lengths is not None:
         return _stock_ragged(mode, input, h0, c0, weights, lengths, batch_first)
@@ -138,16 +140,20 @@ def _stock_ragged(
     x = x.masked_fill(padding, 0)
     last = (lengths - 1).clamp(min=0).view(1, batch, 1).expand(1, batch, seen)
     outputs, last_h, last_c = [], [], []
-    for direction, (w_ih, *others) in enumerate(weights):
+    mark, weight, most = SHUT.get(x.dtype, SHUT_ELSE)
+    for direction, each in enumerate(weights):
+        w_ih, w_hh, b_ih, b_hh = each[:4]
         own_x = mirrored(x, lengths) if direction else x
         if mode == "LSTM":
             shut = w_ih.new_zeros(4, hidden)
-            shut[0], shut[1] = -SHUT, SHUT
-            own_x = torch.cat([own_x, padding.to(x.dtype)], -1)
+            shut[0], shut[1] = -weight, weight
+            own_x = torch.cat([own_x, mark * padding.to(x.dtype)], -1)
             w_ih = torch.cat([w_ih, shut.view(-1, 1)], -1)
+            # an infinite one would win
+            b_ih, b_hh = (None if b is None else b.clamp(-most, most) for b in (b_ih, b_hh))
         own_h0 = None if h0 is None else h0[direction : direction + 1]
         own_c0 = None if c0 is None else c0[direction : direction + 1]
-        y, _, c_n = stock(mode, own_x, own_h0, own_c0, [(w_ih, *others)])  # type: ignore[list-item]
+        y, _, c_n = stock(mode, own_x, own_h0, own_c0, [(w_ih, w_hh, b_ih, b_hh, *each[4:])])  # type: ignore[list-item]
         h_n = y.gather(0, last)
         start = y.new_zeros(1, batch, seen) if own_h0 is None else own_h0.to(y.dtype)
         last_h.append(torch.where((lengths > 0).view(1, batch, 1), h_n, start))

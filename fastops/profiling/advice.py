@@ -42,7 +42,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What `fastops.accelerate` would make of a module, and the engine "auto" takes there."""
+    """What `fastops.accelerate` would make of a module."""
 
     path: str
     kind: str
@@ -184,12 +184,14 @@ def _count(rows: Sequence[KernelRow]) -> int:
 
 
 def replacements_of(model: torch.nn.Module, root_path: str) -> list[Replacement]:
-    """What `fastops.accelerate(model)` would replace, with the paths of the profile."""
+    """What `fastops.accelerate(model)` would replace and may win by, with the paths of the profile."""
     from fastops import explain
+    from fastops.ops import rnn_cell
 
+    hopeless = set(CELLS) if all(row.engine == "torch" for row in rnn_cell.ROWS) else set()
     found = []
     for row in explain(model).rows:
-        if row.becomes and not row.done:
+        if row.becomes and not row.done and row.kind not in hopeless:
             path = f"{root_path}.{row.path}" if row.path else root_path
             found.append(Replacement(path, row.kind, row.becomes, row.op))
     return found

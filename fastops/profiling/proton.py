@@ -18,7 +18,14 @@ from fastops.profiling import script
 
 
 def run_proton(options: argparse.Namespace) -> int:
-    """Profile with Proton and say how to view the result; 2 where it cannot start (it needs a GPU)."""
+    """Profile with Proton and say how to view the result.
+
+    Raises:
+        BadRequest: it cannot start (it needs a GPU), or was asked for what is the other backend's.
+    """
+    for name in ("html", "json", "trace", "apply"):
+        if getattr(options, name):
+            raise script.BadRequest(f"--{name} is of the torch backend; Proton writes fastops.hatchet")
     try:
         import triton.profiler as proton
     except ImportError as error:
@@ -37,7 +44,9 @@ def run_proton(options: argparse.Namespace) -> int:
         if options.script:
             from fastops.profiling import profile
 
-            code = script.run_script(options.script, options.arguments, profile(steps=1, warmup=10**9))
+            as_module = options.module is not None
+            profiler = profile(steps=1, warmup=10**9)  # which only watches the steps go by
+            code = script.run_script(options.script, options.arguments, profiler, as_module=as_module)
         else:
             _, step = script.model_step(options.model, options.input, options.train)
             for _ in range(options.steps):

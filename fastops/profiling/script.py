@@ -10,7 +10,7 @@ import runpy
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -191,7 +191,9 @@ def model_step(factory: str, inputs: Sequence[str], train: bool) -> tuple[torch.
 
     try:
         step()
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except BadRequest:
+        raise
+    except Exception as error:  # whatever a model makes of a wrong input
         shapes = ", ".join(inputs)
         raise BadRequest(f"{factory} does not accept input {shapes}: {type(error).__name__}: {error}") from error
     synchronize()
@@ -260,7 +262,7 @@ def scalar_of(output: Any) -> torch.Tensor:
     if isinstance(output, torch.Tensor):
         return output.float().mean()
     values = output.values() if isinstance(output, dict) else output
-    for value in values if isinstance(values, (list, tuple)) else list(values):
+    for value in values if isinstance(values, Iterable) else ():
         found = value if isinstance(value, torch.Tensor) else None
         if found is not None and found.is_floating_point():
             return found.float().mean()

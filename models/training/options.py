@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import tempfile
@@ -11,6 +12,9 @@ from typing import Any
 
 # a resumed run must have these as the run had that wrote the checkpoint; everything else may change
 DEFINING = ("model", "task", "preset", "data", "fold", "batch", "learning_rate", "limit", "seed", "amp", "freeze")
+
+
+LAST, BEST = "last.pt", "best.pt"
 
 
 class OptionError(ValueError):
@@ -51,15 +55,24 @@ class Options:
 
     @property
     def folder(self) -> str:
-        """Where checkpoints go."""
-        return self.out or f"runs/{self.model}"
+        """Where checkpoints go: `out`, or beside the one that is resumed, or the first of runs/MODEL, runs/MODEL-2 ...
 
-    def command_to_resume(self, checkpoint: Path) -> str:
+        without an earlier run's.
+        """
+        if self.out:
+            return self.out
+        if self.resume:
+            return str(Path(self.resume).parent)
+        folders = (f"runs/{self.model}{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
+        return next(folder for folder in folders if not holds_a_run(folder))
+
+    def command_to_resume(self, checkpoint: Path, processes: int = 1) -> str:
         """The command that goes on from `checkpoint`, which keeps what defines the run; the rest is said again."""
-        words = ["python", "-m", "models.train", self.model, "--resume", str(checkpoint)]
+        launcher = ["python"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
+        words = [*launcher, "-m", "models.train", self.model, "--resume", str(checkpoint)]
         for field in fields(self):
             value, flag = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
-            if field.name in (*DEFINING, "resume", "init_from") or value == field.default:
+            if field.name in (*DEFINING, "resume", "init_from", "out") or value == field.default:
                 continue
             if isinstance(value, bool):
                 words.append(flag if value else f"--no-{flag[2:]}")
@@ -70,6 +83,11 @@ class Options:
     def defining(self) -> dict[str, Any]:
         """The fields that a resumed run must repeat."""
         return {name: value for name, value in asdict(self).items() if name in DEFINING}
+
+
+def holds_a_run(folder: str) -> bool:
+    """Whether an earlier run's checkpoints are in a folder."""
+    return any((Path(folder) / name).exists() for name in (LAST, BEST))
 
 
 def check_files(folder: str | None = None, **files: str | None) -> None:

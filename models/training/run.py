@@ -16,9 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from models.training import checkpoint, distributed, plots, tasks
 from models.training.loop import READ_EVERY, Stop, Trainer, initialise_from
-from models.training.options import DEFINING, OptionError, Options, check_files
-
-LAST, BEST = "last.pt", "best.pt"
+from models.training.options import BEST, DEFINING, LAST, OptionError, Options, check_files, holds_a_run
 
 
 def train(options: Options, given: set[str] | None = None) -> int:
@@ -34,6 +32,12 @@ def train(options: Options, given: set[str] | None = None) -> int:
     options = tasks.settle(options)
     if options.plot:
         plots.require(options.plot)
+    options = replace(options, out=options.folder)  # once: what it is changes with the first checkpoint
+    if state is None and holds_a_run(options.folder):
+        raise OptionError(
+            f"--out {options.folder}: an earlier run's checkpoints are there; go on with --resume "
+            f"{options.folder}/{LAST}, or give another folder"
+        )
     check_files(options.folder, metrics=options.metrics, plot=options.plot)
     processes, device = distributed.join(choose_device(options))
     try:
@@ -134,7 +138,7 @@ class Run:
         if self.stop.signal:
             self.console.print(
                 f"stopped at epoch {progress.epoch + 1}, step {progress.position} of {self.trainer.steps_per_epoch}; "
-                f"go on with: {options.command_to_resume(self.folder / LAST)}"
+                f"go on with: {options.command_to_resume(self.folder / LAST, self.processes.world)}"
             )
             return 128 + self.stop.signal
         self.console.print(f"{reason}; weights in {self.folder / BEST} (best) and {self.folder / LAST} (last)")

@@ -226,6 +226,11 @@ def formula(
     return out, lse if lse.dtype == torch.float64 and query.dtype == torch.float64 else lse.float()
 
 
+# the kernels work with powers of 2: a score is multiplied by log2(e) on the way there, and the LSE by ln(2) on the way
+# back, each time by a rounded number, and the product is rounded too; half a unit in the last place each
+BASE_TWO = 2
+
+
 def score_terms(scale: float | None) -> Any:
     """What gradients of scores are differences of (dO V^T and its mean in a row), times what multiplies them.
 
@@ -267,8 +272,14 @@ def dense_call(case: Dense) -> str:
             keep = keep_mask(new_seed(query.device), math.prod(shape[:-2]), *shape[-2:], dropout_p).view(shape)
         return formula(query, key, value, mask, slopes, **case.plain, **case.more, keep=keep)
 
-    terms = score_terms(case.plain.get("scale"))
-    return agree(seeded(ours, case.seed), seeded(stock, case.seed), arguments, explicit=explicit, terms=terms)
+    return agree(
+        seeded(ours, case.seed),
+        seeded(stock, case.seed),
+        arguments,
+        explicit=explicit,
+        terms=score_terms(case.plain.get("scale")),
+        roundings=BASE_TWO if explicit and case.more.get("return_lse") else 0,
+    )
 
 
 @fuzzed(dense(("auto", "torch"), FLOATS, 7, more=False))
@@ -432,8 +443,14 @@ def packed_call(case: Packed) -> str:
         )
         return (out, lse) if case.options.get("return_lse") else out
 
-    terms = score_terms(case.options.get("scale"))
-    return agree(seeded(ours, case.seed), seeded(stock, case.seed), arguments, explicit=explicit, terms=terms)
+    return agree(
+        seeded(ours, case.seed),
+        seeded(stock, case.seed),
+        arguments,
+        explicit=explicit,
+        terms=score_terms(case.options.get("scale")),
+        roundings=BASE_TWO if explicit and case.options.get("return_lse") else 0,
+    )
 
 
 @fuzzed(packed(("auto", "torch"), ROUNDED_FLOATS))

@@ -192,6 +192,7 @@ def agree(
     truth_of: Callable[..., Any] | None = None,
     truth_extra: Sequence[Tensor] = (),
     terms: Callable[[Sequence[Any], Sequence[Tensor]], float] | None = None,
+    roundings: int = 0,
 ) -> str:
     """Hold `ours` to `stock`; returns what became of it: "same", "error" or "refused".
 
@@ -203,6 +204,7 @@ def agree(
         extra: parameters of `ours`, `stock_extra` those of `stock`, `truth_extra` those of `truth_of`.
         truth_of: `stock` in float64, where that is not `stock` itself on float64 arguments.
         terms: from the arguments and the upstream gradients, the size of what the gradients are differences of.
+        roundings: that the way to the results takes and stock's does not, each of the size of a result.
     """
     given = made(arguments)
     exact = any(isinstance(x, Spec) and x.values in ("small", "grid") for x in arguments)
@@ -237,6 +239,7 @@ def agree(
         truth(given).tensors,
         lambda: _neighbours(stock, truth, given, stock_extra, exact),
         terms(given, mine.upstream) if terms is not None and mine.upstream else 0.0,
+        roundings,
     )
     return "same"
 
@@ -273,6 +276,7 @@ def compare(
     truth: Sequence[Tensor | None],
     neighbours: Callable[[], list[tuple[list[Any], list[Any]]]] = list,
     terms: float = 0.0,
+    roundings: int = 0,
 ) -> None:
     """Shapes, dtypes and numbers, by the rule.
 
@@ -309,7 +313,7 @@ def compare(
             parts = [x.detach() for x in truth if x is not None]
             scale = max(float(x[x.isfinite()].abs().max()) for x in parts if x.isfinite().any())
             vanishes = float(exact[exact.isfinite()].abs().max()) <= 64 * torch.finfo(torch.float64).eps * terms
-            size = torch.finfo(a.dtype).eps * scale
+            size = (1 + roundings) * torch.finfo(a.dtype).eps * scale
             if vanishes:  # terms are of the coarsest dtype there is: an fp32 mask beside fp16 queries has a gradient
                 size = max(size, terms * max(torch.finfo(x.dtype).eps for x in mine if x is not None and _real(x)))
             if not float(error[exact.isfinite()].max()) <= 2 * worst + size:
