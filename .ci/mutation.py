@@ -35,6 +35,10 @@ CONTRACT = "tests/test_attention_contract.py"
 TRANSFORMS = "tests/test_transforms.py"
 CELLS = "tests/test_rnn_cell.py"
 CELL_ERRORS = ("test_kinds_of_errors", "test_same_errors_as_torch", "test_explicit_choice_never_falls_back")
+LOOKS = (
+    "test_a_look_at_lengths_is_an_op_like_any_other",
+    "test_stock_pytorch_goes_on_where_not_even_lengths_can_be_looked_at",
+)
 ARGUMENTS = "tests/test_attention_arguments.py"
 # file, functions (none: all), and the tests that must notice, quickest first
 TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -63,7 +67,8 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (),
         (RNN, "tests/test_rnn.py::test_bad_input", "tests/test_rnn.py::test_lengths_as_the_kernels_read_them"),
     ),
-    "fastops/ops/rnn.py": (("why_not", "choose"), (RNN, TRANSFORMS)),
+    "fastops/ops/rnn.py": (("why_not", "_why_no_plan", "choose"), (RNN, TRANSFORMS)),
+    "fastops/ops/rnn_lengths.py": ((), tuple(f"tests/test_launch_failure.py::{test}" for test in LOOKS)),
     "fastops/ops/conv2d_relu.py": (("why_not",), (CONV2D, TRANSFORMS)),
     "fastops/ops/rnn_cell.py": (
         ("why_not", "choose", "_check"),

@@ -181,7 +181,8 @@ def test_each_registered_op_in_plain_torch_is_what_its_kernels_are(name, monkeyp
 
 
 def test_every_op_has_a_second_overload():
-    assert {op._schema.name.partition("::")[2] for op in _library.OR_STOCK} == set(_library.LAUNCHERS)
+    in_graphs = set(_library.LAUNCHERS) - {"clamp_lengths"}  # a look at lengths that no graph takes
+    assert {op._schema.name.partition("::")[2] for op in _library.OR_STOCK} == in_graphs
 
 
 QUICK = ("conv2d_relu", "lstm_cell")
