@@ -87,7 +87,7 @@ def needs_a_kernel(error):
     """
     text = str(error)
     reason = next((reason for reason in NEEDS_KERNELS if reason in text), None)
-    if isinstance(error, _env.KernelUnavailable) and not re.search(r"impl='(?!auto|torch)\w+'", text):
+    if type(error) is _env.KernelUnavailable and not re.search(r"impl='(?!auto|torch)\w+'", text):
         return None
     if isinstance(error, ImportError):
         place = error.__traceback__
