@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+import traceback
 
 import torch
 
@@ -77,6 +78,7 @@ NEEDS_KERNELS = (
     "where Triton runs only interpreted",
     "0 active drivers",  # Triton itself, where a test calls a launcher
 )
+NO_GPU = "Torch not compiled with CUDA enabled"
 
 
 def needs_a_kernel(error):
@@ -85,17 +87,31 @@ def needs_a_kernel(error):
     By the error alone, not by what is printed with it: a call under impl="auto" that raised would be a defect, and so
     would an import of triton outside of what runs kernels.
     """
-    text = str(error)
-    reason = next((reason for reason in NEEDS_KERNELS if reason in text), None)
-    if type(error) is _env.KernelUnavailable and not re.search(r"impl='(?!auto|torch)\w+'", text):
+    texts, cause = [], error
+    while cause is not None:
+        texts.append(str(cause))
+        if NO_GPU in str(cause) and launched_by_hand(cause):
+            return NO_GPU
+        cause = cause.__cause__ or cause.__context__
+    reason = next((reason for reason in NEEDS_KERNELS if any(reason in text for text in texts)), None)
+    named = re.search(r"impl='(?!auto|torch)\w+'|^strict: ", texts[0])
+    if type(error) is _env.KernelUnavailable and not named:
         return None
     if isinstance(error, ImportError):
-        place = error.__traceback__
-        while place.tb_next is not None:
-            place = place.tb_next
-        importer = place.tb_frame.f_globals.get("__name__", "")
+        importer = modules_of(error)[-1]
         return reason if importer.startswith(("fastops.kernels", "fastops.inspection", "tests", "test_")) else None
     return reason
+
+
+def modules_of(error):
+    """Where an error went through, innermost last."""
+    return [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def launched_by_hand(error):
+    """Whether a test called a launcher or a registered op itself, past all that chooses an engine."""
+    functions = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith("fastops.kernels.") for name in modules_of(error)) and "or_stock" not in functions
 
 
 @pytest.hookimpl(hookwrapper=True)
