@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--freeze", action="append", metavar="PATTERN", help="keep parameters so named; may be repeated")
     how.add_argument("--init-from", metavar="FILE", help="start from the weights of a checkpoint that fit")
     files = parser.add_argument_group("files")
-    files.add_argument("--out", metavar="DIR", help="checkpoints last.pt and best.pt (default: runs/MODEL)")
+    files.add_argument(
+        "--out", metavar="DIR", help="checkpoints last.pt and best.pt (default: runs/MODEL, the next time runs/MODEL-2)"
+    )
     files.add_argument("--resume", metavar="FILE", help="go on where a checkpoint was written")
     files.add_argument("--save-every", type=_positive, metavar="N", help="save also every N steps")
     files.add_argument("--metrics", metavar="FILE", help="JSON lines: one per look at the loss, one per epoch")

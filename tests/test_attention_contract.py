@@ -440,16 +440,18 @@ def test_a_recorded_graph_is_right_for_other_lengths(how, size):
     torch.testing.assert_close(graph(x, masks[1])[alive], encode(x, masks[1])[alive])
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 1e4])
 @pytest.mark.parametrize("impl", ["triton", "auto", "torch"])
-def test_rows_past_a_query_length_are_zero_and_spoil_nothing(impl):
+def test_rows_past_a_query_length_are_zero_and_spoil_nothing(impl, softcap, again):
     q, k, v = (torch.randn(1, 1, 4, 8) for _ in range(3))
     q[0, 0, 2:] = float("nan")
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    out = fastops.scaled_dot_product_attention(*inputs, query_lengths=torch.tensor([2]), impl=impl)
+    out = fastops.scaled_dot_product_attention(*inputs, query_lengths=torch.tensor([2]), softcap=softcap, impl=impl)
     assert not out[0, 0, 2:].any()
     upstream = torch.randn_like(out)
     upstream[0, 0, 2:] = float("nan")
-    found = torch.autograd.grad(out, inputs, upstream)
+    found = torch.autograd.grad(out, inputs, upstream, create_graph=again)
     alone = [q[:, :, :2], k, v]
     expected = torch.autograd.grad(F.scaled_dot_product_attention(*alone), inputs, upstream[:, :, :2])
     for ours, theirs in zip(found, expected, strict=True):

@@ -56,6 +56,9 @@ def reference(
     if key_lengths is not None:
         dead = past(key_lengths, key.shape[-2])[..., None, :, None]
         k, v = k.masked_fill(dead, 0.0), v.masked_fill(dead, 0.0)
+    unseen = None if query_lengths is None else past(query_lengths, query.shape[-2])[..., None, :, None]
+    if unseen is not None:
+        q = q.masked_fill(unseen, 0.0)
     k, v = _grouped(k, q), _grouped(v, q)
     scores = q @ k.mT * options.scale
     if options.softcap:
@@ -84,7 +87,10 @@ def reference(
     elif options.dropout_p:
         probability = F.dropout(probability, options.dropout_p)
     lse = (row_max + torch.log(safe_total)).masked_fill(dead_rows, float("-inf")).squeeze(-1)
-    return (probability @ v).to(query.dtype), lse.to(torch.float32 if wide == torch.float32 else wide)
+    out = (probability @ v).to(query.dtype)
+    return out if unseen is None else out.masked_fill(unseen, 0.0), lse.to(
+        torch.float32 if wide == torch.float32 else wide
+    )
 
 
 def _grouped(x: Tensor, query: Tensor) -> Tensor:
@@ -172,7 +178,7 @@ def stock(
     unseen = None if query_lengths is None else past(query_lengths, query.shape[-2])[..., None, :, None]
     if unseen is not None:
         query = query.masked_fill(unseen, 0.0)
-    if key_lengths is not None and not looked_at:
+    if key_lengths is not None and not looked_at and not (can_slice and _moderate(key, value)):
         dead = past(key_lengths, key.shape[-2])[..., None, :, None]
         key, value = key.masked_fill(dead, 0.0), value.masked_fill(dead, 0.0)
     if causal and not lengths_given:
@@ -315,6 +321,17 @@ def _sliced(
         part = part.transpose(1, 2)
         parts.append(F.pad(part, (0, 0, 0, 0, 0, q_len - rows)) if rows < q_len else part)
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(1, 2)
+
+
+def _moderate(*tensors: Tensor) -> bool:
+    """Whether their norms are finite, read on the host: then no number is near to overflow in a product."""
+    try:
+        return all(
+            bool(torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
+            for x in tensors
+        )
+    except RuntimeError:
+        return False
 
 
 def _finite(*tensors: Tensor) -> bool:

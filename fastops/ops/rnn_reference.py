@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastops import _env
 from fastops._sequences import ended, mirrored, without_padding
 from fastops.ops.rnn_lengths import note_lengths
 
@@ -140,7 +141,8 @@ def _stock_ragged(
     x = x.masked_fill(padding, 0)
     last = (lengths - 1).clamp(min=0).view(1, batch, 1).expand(1, batch, seen)
     outputs, last_h, last_c = [], [], []
-    mark, weight, most = SHUT.get(x.dtype, SHUT_ELSE)
+    # of a projection, autocast casts all of them on the way
+    mark, weight, most = SHUT.get(_env.autocast_dtype(x.device) or x.dtype, SHUT_ELSE)
     for direction, each in enumerate(weights):
         w_ih, w_hh, b_ih, b_hh = each[:4]
         own_x = mirrored(x, lengths) if direction else x

@@ -33,7 +33,8 @@ def train(options: Options, given: set[str] | None = None) -> int:
     if options.plot:
         plots.require(options.plot)
     options = replace(options, out=options.folder)  # once: what it is changes with the first checkpoint
-    if state is None and holds_a_run(options.folder):
+    own = options.resume is not None and Path(options.resume).parent.resolve() == Path(options.folder).resolve()
+    if holds_a_run(options.folder) and not own:
         raise OptionError(
             f"--out {options.folder}: an earlier run's checkpoints are there; go on with --resume "
             f"{options.folder}/{LAST}, or give another folder"
