@@ -81,12 +81,10 @@ def why_no_triton(device: torch.device) -> str | None:
     return None
 
 
-def shown_gpu() -> tuple[str, tuple[int, int]]:
-    """Name and compute capability of the GPU that explanations are about: this machine's, else an H100."""
-    if torch.cuda.is_available() and why_no_triton(torch.device("cuda")) is None:
-        index = torch.cuda.current_device()
-        return device_name(index), capability(index)
-    return "NVIDIA H100 80GB HBM3", (9, 0)
+def able_gpu() -> torch.device | None:
+    """This machine's GPU, where kernels run on it."""
+    gpu = torch.device("cuda")
+    return gpu if torch.cuda.is_available() and why_no_triton(gpu) is None else None
 
 
 def gpu_facts(device: torch.device) -> dict[str, Any]:
@@ -97,9 +95,9 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
 
 
 def shown_gpu_facts() -> dict[str, Any]:
-    """`gpu_facts` of the GPU that explanations are about."""
-    name, (major, minor) = shown_gpu()
-    return {"gpu": name, "capability": 10 * major + minor}
+    """`gpu_facts` of the GPU that explanations are about: this machine's, else an H100."""
+    gpu = able_gpu()
+    return {"gpu": "NVIDIA H100 80GB HBM3", "capability": 90} if gpu is None else gpu_facts(gpu)
 
 
 def choose_impl(impl: str, allowed: tuple[str, ...]) -> str:

@@ -2,7 +2,7 @@
 
 A module here has, in this order: docstring (formula, shapes, dtypes, error bound, references), `reference`, `why_not`,
 the registered ops with their fakes, the autograd.Function, the functional, and `explain_auto() -> list[dict]` with one
-{"op", "example", "engine", "why"} per typical case: what the table says of it on `_env.shown_gpu()`, for `fastops env`.
+{"op", "example", "engine", "why"} per typical case: what the table says by `_env.shown_gpu_facts()`, for `fastops env`.
 """
 
 from __future__ import annotations

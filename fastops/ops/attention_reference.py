@@ -54,11 +54,9 @@ def reference(
     wide = torch.promote_types(query.dtype, torch.float32)
     q, k, v = query.to(wide), key.to(wide), value.to(wide)
     if key_lengths is not None:
-        dead = past(key_lengths, key.shape[-2])[..., None, :, None]
-        k, v = k.masked_fill(dead, 0.0), v.masked_fill(dead, 0.0)
-    unseen = None if query_lengths is None else past(query_lengths, query.shape[-2])[..., None, :, None]
-    if unseen is not None:
-        q = q.masked_fill(unseen, 0.0)
+        k, v = _until(key_lengths, k, v)
+    if query_lengths is not None:
+        (q,) = _until(query_lengths, q)
     k, v = _grouped(k, q), _grouped(v, q)
     scores = q @ k.mT * options.scale
     if options.softcap:
@@ -88,7 +86,7 @@ def reference(
         probability = F.dropout(probability, options.dropout_p)
     lse = (row_max + torch.log(safe_total)).masked_fill(dead_rows, float("-inf")).squeeze(-1)
     out = (probability @ v).to(query.dtype)
-    return out if unseen is None else out.masked_fill(unseen, 0.0), lse.to(
+    return out if query_lengths is None else _until(query_lengths, out)[0], lse.to(
         torch.float32 if wide == torch.float32 else wide
     )
 
@@ -98,6 +96,12 @@ def _grouped(x: Tensor, query: Tensor) -> Tensor:
     if min(x.dim(), query.dim()) < 3 or x.shape[-3] in (1, query.shape[-3]) or query.shape[-3] == 1:
         return x
     return x.repeat_interleave(query.shape[-3] // x.shape[-3], -3)
+
+
+def _until(lengths: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(..., H, S, D) tensors of one S with zeros at and past the length: no number there is read."""
+    dead = past(lengths, tensors[0].shape[-2])[..., None, :, None]
+    return tuple(x.masked_fill(dead, 0.0) for x in tensors)
 
 
 def past(lengths: Tensor, size: int) -> Tensor:
@@ -175,12 +179,10 @@ def stock(
     # 0 x NaN is NaN, and 0 times what overflows as well: nothing past a length may be read as a number. Where no
     # gradient will show it, it shows in the output, which is the smallest thing to look at
     looked_at = can_slice and not options.dropout_p and not _needs_grad(query, key, value, attn_mask)
-    unseen = None if query_lengths is None else past(query_lengths, query.shape[-2])[..., None, :, None]
-    if unseen is not None:
-        query = query.masked_fill(unseen, 0.0)
+    if query_lengths is not None:
+        (query,) = _until(query_lengths, query)
     if key_lengths is not None and not looked_at and not (can_slice and _moderate(key, value)):
-        dead = past(key_lengths, key.shape[-2])[..., None, :, None]
-        key, value = key.masked_fill(dead, 0.0), value.masked_fill(dead, 0.0)
+        key, value = _until(key_lengths, key, value)
     if causal and not lengths_given:
         return _sdpa(query, key, value, None, options, True, enable_gqa), None
     mask = visible_keys(query.shape[-2], key.shape[-2], query.device, options, key_lengths, query_lengths, shift)
@@ -195,11 +197,10 @@ def stock(
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
     out = _sdpa(query, key, value, mask, options, False, enable_gqa)
-    if key_lengths is not None and looked_at and not _finite(out):
-        dead = past(key_lengths, key.shape[-2])[..., None, :, None]
-        key, value = key.masked_fill(dead, 0.0), value.masked_fill(dead, 0.0)
+    if key_lengths is not None and looked_at and not _moderate(out):
+        key, value = _until(key_lengths, key, value)
         out = _sdpa(query, key, value, mask, options, False, enable_gqa)
-    return out if unseen is None else out.masked_fill(unseen, 0.0), None
+    return out if query_lengths is None else _until(query_lengths, out)[0], None
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -324,20 +325,15 @@ def _sliced(
 
 
 def _moderate(*tensors: Tensor) -> bool:
-    """Whether their norms are finite, read on the host: then no number is near to overflow in a product."""
+    """Whether their norms are finite: then no number is near to overflow in a product.
+
+    Read on the host; False where there is nothing to read.
+    """
     try:
         return all(
             bool(torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
             for x in tensors
         )
-    except RuntimeError:
-        return False
-
-
-def _finite(*tensors: Tensor) -> bool:
-    """Whether their sums are, read on the host; False where there is nothing to read."""
-    try:
-        return all(bool(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) for x in tensors)
     except RuntimeError:
         return False
 

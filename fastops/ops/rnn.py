@@ -459,9 +459,8 @@ def _explained(example: str, facts: dict[str, Any]) -> dict[str, str]:
         return told
     from fastops.kernels.rnn_plan import Machine
 
-    here = torch.cuda.is_available() and _env.why_no_triton(torch.device("cuda")) is None
-    count = _env.multiprocessors(torch.cuda.current_device()) if here else None
-    machine = Machine.of(facts["capability"], count)
+    gpu = _env.able_gpu()
+    machine = Machine.of(facts["capability"]) if gpu is None else Machine.at(gpu)
     size = 4 if facts["dtype"] == "float32" else 2
     call = facts["mode"], facts["hidden"], facts["batch"], facts["directions"], size
     reason = _why_no_plan(row.engine, *call, machine)
