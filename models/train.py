@@ -1,7 +1,7 @@
 """Train a model on real data: `python -m models.train {alexnet,rnn,lstm,transformer,bert}`.
 
 Without further options it downloads nothing: digits from scikit-learn, text from Python's own standard library.
-Ctrl-C saves and ends with exit code 130; `--resume runs/MODEL/last.pt` goes on, bit for bit.
+Ctrl-C saves, ends with exit code 130 and says the command that goes on, bit for bit.
 More GPUs: `torchrun --nproc-per-node N -m models.train ...`.
 """
 

@@ -84,19 +84,25 @@ NO_GPU = "Torch not compiled with CUDA enabled"
 def needs_a_kernel(error):
     """The reason for which a test that asks for a kernel by name fails where there is none, or None.
 
-    By the error alone, not by what is printed with it: a call under impl="auto" that raised would be a defect, and so
-    would an import of triton outside of what runs kernels.
+    By the errors alone, not by what is printed with them: a call under impl="auto" that raised would be a defect, and
+    so would an import of triton outside of what runs kernels, or a wrong message about a refusal.
     """
-    texts, cause = [], error
-    while cause is not None:
-        texts.append(str(cause))
-        if NO_GPU in str(cause) and launched_by_hand(cause):
-            return NO_GPU
-        cause = cause.__cause__ or cause.__context__
-    reason = next((reason for reason in NEEDS_KERNELS if any(reason in text for text in texts)), None)
-    named = re.search(r"impl='(?!auto|torch)\w+'|^strict: ", texts[0])
-    if type(error) is _env.KernelUnavailable and not named:
-        return None
+    while error is not None and not isinstance(error, (AssertionError, ValueError)):
+        reason = refusal(error)
+        if reason is not None:
+            return reason
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def refusal(error):
+    """The reason in this one error, if what it refuses was asked for by name."""
+    text = str(error)
+    if NO_GPU in text and launched_by_hand(error):
+        return NO_GPU
+    reason = next((reason for reason in NEEDS_KERNELS if reason in text), None)
+    if isinstance(error, _env.KernelUnavailable):
+        return reason if re.search(r"impl='(?!auto|torch)\w+'|^strict: ", text) else None
     if isinstance(error, ImportError):
         importer = modules_of(error)[-1]
         return reason if importer.startswith(("fastops.kernels", "fastops.inspection", "tests", "test_")) else None

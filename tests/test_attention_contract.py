@@ -458,6 +458,28 @@ def test_rows_past_a_query_length_are_zero_and_spoil_nothing(impl, softcap, agai
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("size", [4, 150])
+@pytest.mark.parametrize("columns", [1, None], ids=["one column", "whole"])
+@pytest.mark.parametrize("impl", ["triton", "auto", "torch"])
+def test_a_mask_is_not_read_past_a_query_length(impl, columns, size):
+    lengths = torch.tensor([2, 0])
+    inputs = [torch.randn(2, 1, size, 8) for _ in range(3)]
+    mask = torch.randn(2, 1, size, columns or size)
+    for one, length in zip(mask, lengths, strict=True):
+        one[:, length:] = float("nan")
+    mask.requires_grad_()
+    out = fastops.scaled_dot_product_attention(*inputs, mask, query_lengths=lengths, impl=impl)
+    upstream = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, mask, upstream)
+    q, k, v = (x[:1] for x in inputs)
+    alone = F.scaled_dot_product_attention(q[:, :, :2], k, v, mask[:1, :, :2])
+    (expected,) = torch.autograd.grad(alone, mask, upstream[:1, :, :2])
+    torch.testing.assert_close(out[:1, :, :2], alone)
+    assert not out[0, :, 2:].any()
+    assert not out[1].any()
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("impl", ["triton", "auto", "torch"])
 @pytest.mark.parametrize("where", ["key", "value"])
 @pytest.mark.parametrize("grad", [False, True])

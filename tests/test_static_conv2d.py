@@ -5,9 +5,9 @@ import pytest
 pytest.importorskip("triton")
 
 from fastops.inspection import compile_cases
+from fastops.inspection.gpus import CAPABILITIES
 from fastops.kernels.conv2d_static import static_cases
 
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # main-loop instructions for each four HGMMA; one of 64x256x16 does the work of two of 64x128x16 and counts as two
 LOOP_LIMIT = {"boxes": 84, "batch": 84, "gather": 120}
 CASES = {case.name: case for case in static_cases()}
@@ -21,7 +21,7 @@ def check(case, target):
     assert report.stack_bytes == 0
     assert (report.local_loads, report.local_stores) == (0, 0)
     assert not report.warnings
-    assert report.shared_bytes <= SHARED_LIMIT[target]
+    assert report.shared_bytes <= CAPABILITIES[target].shared_bytes_per_block
     form = case.name.partition("[")[0].partition(".")[2]
     if target != 90 or not case.name.startswith("conv2d.") or "ieee" in case.name:
         return

@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("triton")
 
 from fastops.inspection import compile_case
-from fastops.kernels.rnn_plan import SHARED_BYTES, Machine, Plan, persistent, small
+from fastops.inspection.gpus import CAPABILITIES
+from fastops.kernels.rnn_plan import Machine, Plan, persistent, small
 from fastops.kernels.rnn_static import backward_case, forward_case, static_cases
 
 CASES = [case for case in static_cases() if ".step_" not in case.name]
@@ -51,7 +52,7 @@ def check(case):
     assert report.error is None, report.error
     assert report.stack_bytes == 0
     assert not report.spills
-    assert report.shared_bytes <= SHARED_BYTES[target]
+    assert report.shared_bytes <= CAPABILITIES[target].shared_bytes_per_block
     body, _ = time_loop(report)
     at_barrier = [i for i, text in enumerate(body) if re.match(r"(RED|REDG|ATOMG|ATOM)\b", text)]
     if not case.constexprs.get("BARRIER"):
@@ -187,3 +188,9 @@ def test_a_launch_never_exceeds_the_multiprocessors():
                     plan = persistent("LSTM", hidden, batch, directions, 2, Machine.of(90), backward)
                     assert isinstance(plan, Plan)
                     assert plan.tiles * plan.batch_tiles * directions <= 132
+
+
+def test_plans_count_on_the_shared_memory_the_inspector_knows():
+    for number, capability in CAPABILITIES.items():
+        planned = Machine.of(number).shared_bytes
+        assert planned == capability.shared_bytes_per_block, number

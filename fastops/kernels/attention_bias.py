@@ -82,6 +82,9 @@ def attention_bias_kernel(
             slope, keys, start_m, start_n, q_len, k_len, shift, scale, softcap, left, right, threshold,
             BLOCK_M, BLOCK_N, CAUSAL, WINDOW, True, DROPOUT, SOFTCAP, ALIBI, 2, RAGGED, WIDE, PRECISION, False,
         )  # fmt: skip
+        if HAS_QUERY_LENGTHS:
+            # the mask is read there, and may be NaN
+            ds = tl.where(start_m + tl.arange(0, BLOCK_M)[:, None] < q_len, ds, 0.0)
         total += ds
     total = total * value_scale
     rows_m = Sq
