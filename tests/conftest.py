@@ -72,7 +72,8 @@ def in_turns(items):
     return [item for _, _, item in sorted(order, key=lambda entry: entry[:2])]
 
 
-NEEDS_KERNELS = (
+needs_kernels = pytest.mark.skipif(not KERNELS, reason="asks a kernel for its own limits")
+NO_KERNELS = (
     "triton is not installed",
     "No module named 'triton'",
     "where Triton runs only interpreted",
@@ -85,14 +86,19 @@ def needs_a_kernel(error):
     """The reason for which a test that asks for a kernel by name fails where there is none, or None.
 
     By the errors alone, not by what is printed with them: a call under impl="auto" that raised would be a defect, and
-    so would an import of triton outside of what runs kernels, or a wrong message about a refusal.
+    so would an import of triton outside of what runs kernels, or a wrong result near a refusal that was caught.
     """
-    while error is not None and not isinstance(error, (AssertionError, ValueError)):
+    while error is not None:
         reason = refusal(error)
-        if reason is not None:
+        if reason is not None or (isinstance(error, (AssertionError, ValueError)) and not expected_another(error)):
             return reason
         error = error.__cause__ or error.__context__
     return None
+
+
+def expected_another(error):
+    """Whether pytest.raises(match=...) met a refusal with another reason: the first reason here is what is missing."""
+    return isinstance(error, AssertionError) and str(error).startswith("Regex pattern did not match")
 
 
 def refusal(error):
@@ -100,13 +106,13 @@ def refusal(error):
     text = str(error)
     if NO_GPU in text and launched_by_hand(error):
         return NO_GPU
-    reason = next((reason for reason in NEEDS_KERNELS if reason in text), None)
+    reason = next((reason for reason in NO_KERNELS if reason in text), None)
     if isinstance(error, _env.KernelUnavailable):
         return reason if re.search(r"impl='(?!auto|torch)\w+'|^strict: ", text) else None
     if isinstance(error, ImportError):
         importer = modules_of(error)[-1]
         return reason if importer.startswith(("fastops.kernels", "fastops.inspection", "tests", "test_")) else None
-    return reason
+    return None if isinstance(error, AssertionError) else reason
 
 
 def modules_of(error):

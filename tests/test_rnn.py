@@ -11,7 +11,7 @@ from fastops import KernelUnavailable
 from fastops.ops.rnn import IMPLS, _forward_op, recurrent_layer, reference, why_not
 from fastops.ops.rnn_check import lengths_of
 from fastops.ops.rnn_reference import GATES, stock
-from tests.conftest import GPU
+from tests.conftest import GPU, needs_kernels
 from tests.rule import assert_within_rule
 
 MODES = tuple(GATES)
@@ -106,6 +106,7 @@ def test_values_and_gradients(device, impl, mode, directions, ragged, batch_firs
         assert_layer(layer, impl, lengths, batch_first)
 
 
+@needs_kernels
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_a_batch_too_large_for_the_grid_of_the_step_engine(device, batch_first):
     weights = [(torch.empty(8, 4, device=device), torch.empty(8, 8, device=device), None, None)]
@@ -411,6 +412,7 @@ def test_meta_tensors_run_on_stock():
     assert output.shape == (3, 2, 5)
 
 
+@needs_kernels
 def test_triton_chooses_by_hidden_size_and_says_why_not(device):
     big = Layer("LSTM", torch.float16, 2, 2, 2, 1100, device=device)
     x, h0, c0, weights = big.leaves(torch.float16)
