@@ -72,7 +72,7 @@ def in_turns(items):
     return [item for _, _, item in sorted(order, key=lambda entry: entry[:2])]
 
 
-needs_kernels = pytest.mark.skipif(not KERNELS, reason="asks a kernel for its own limits")
+needs_kernels = pytest.mark.skipif(not KERNELS, reason="is about kernels alone")
 NO_KERNELS = (
     "triton is not installed",
     "No module named 'triton'",

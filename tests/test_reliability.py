@@ -12,6 +12,7 @@ import torch
 
 import fastops
 from tests import sanitized
+from tests.conftest import needs_kernels
 from tests.contract_subjects import SUBJECTS
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,7 @@ def run(code, *, status=0, **environment):
     return done.stdout + done.stderr
 
 
+@needs_kernels
 def test_fork_after_import_and_after_a_first_call():
     run(
         CALL
@@ -44,6 +46,7 @@ def test_fork_after_import_and_after_a_first_call():
     )
 
 
+@needs_kernels
 @pytest.mark.parametrize("state", ["fresh", "no folder can be made", "garbage"])
 def test_cache_folders(state, tmp_path):
     """Of Triton and of the inspector."""

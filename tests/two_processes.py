@@ -1,6 +1,7 @@
 """`python -m tests.two_processes SUBJECT...`: modules of the contracts under DDP and FSDP2, on two gloo processes.
 
-One process that forks once torch is imported, on the CPU, with the kernels interpreted. Prints one JSON object:
+One process that forks once torch is imported, on the CPU, with the kernels interpreted, or stock PyTorch where there is
+no Triton. Prints one JSON object:
 {"ddp LSTM": null, "fsdp2 GRU": "what went wrong", ...}, of the first process that has something to say.
 """
 
@@ -22,9 +23,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastops import _library
+from fastops import _env, _library
 from tests.contract_subjects import SUBJECTS
 
+ENGINE = "triton" if _env.TRITON_INSTALLED else "auto"
 WORLD = 2
 STEPS = 2  # the second sees the parameters that the first has changed
 RATE = 0.1
@@ -110,7 +112,7 @@ def serve(rank, folder, names):
     for name in names:
 
         def make(name=name):
-            return SUBJECTS[name].make(torch.device("cpu"), "triton")
+            return SUBJECTS[name].make(torch.device("cpu"), ENGINE)
 
         def inputs(make=make):  # a batch of its own for each process
             return [((1 + rank) * x).detach().requires_grad_() for x in make()[1]]
@@ -130,7 +132,7 @@ def serve(rank, folder, names):
 
 def main(names):
     torch.set_num_threads(1)
-    for launcher in _library.LAUNCHERS.values():
+    for launcher in _library.LAUNCHERS.values() if ENGINE == "triton" else ():
         launcher()  # imports Triton and the kernels, once for both
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

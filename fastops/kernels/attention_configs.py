@@ -73,7 +73,7 @@ def configuration(kernel: str, block_d: int, element_size: int, sm: int, form: F
     if element_size != 2:
         return _fp32(kernel, block_d)
     if kernel == "bias":
-        return _bias(block_d) if 90 <= sm < 120 else _small_bias(block_d)
+        return _bias(block_d, sm, form) if 90 <= sm < 120 else _small_bias(block_d, form)
     # at D=256 pointers leave no room beside the accumulators of a warp-group MMA
     large = 90 <= sm < 120 and (block_d <= 128 or form.tma)
     instead = None
@@ -91,14 +91,20 @@ def configuration(kernel: str, block_d: int, element_size: int, sm: int, form: F
     return choose[kernel](block_d, form)
 
 
-def _bias(block_d: int) -> Config:
-    return Config(64, 64 if block_d <= 64 else 32, 4 if block_d <= 128 else 8, 1)
+def _bias(block_d: int, sm: int, form: Form) -> Config:
+    if block_d > 128:
+        return Config(64, 16 if sm >= 100 and (form.dropout or form.banded) else 32, 8, 1)
+    if form.dropout and form.banded:  # their indices would spill
+        return Config(64 if block_d <= 64 else 32, 32, 4, 1)
+    return Config(64, 64 if block_d <= 64 else 32, 4, 1)
 
 
-def _small_bias(block_d: int) -> Config:
+def _small_bias(block_d: int, form: Form) -> Config:
     if block_d <= 64:
         return Config(64, 32, 4, 1)
-    return Config(32, 32 if block_d <= 128 else 16, 4, 1)
+    if block_d <= 128:
+        return Config(32, 32, 4, 1)
+    return Config(16 if form.dropout and form.banded else 32, 16, 4, 1)
 
 
 def _blackwell(kernel: str, block_d: int, form: Form) -> Config | None:
