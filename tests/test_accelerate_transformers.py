@@ -103,6 +103,16 @@ def test_what_the_user_chose_stays():
     assert model.config._attn_implementation == "eager"
 
 
+def test_an_attention_of_the_models_own_stays():
+    config = transformers.BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2)
+    model = transformers.BloomModel(config).eval()
+    (row,) = (row for row in fastops.explain(model) if row.op == "attention")
+    assert row.becomes is None
+    assert row.reason == "its attention does not go through transformers' AttentionInterface"
+    fastops.accelerate(model)
+    assert model.config._attn_implementation == "eager"
+
+
 def test_what_the_user_chose_for_a_model_inside_stays():
     vision = transformers.SiglipVisionConfig(image_size=32, patch_size=16, **TINY)
     text = transformers.SiglipTextConfig(

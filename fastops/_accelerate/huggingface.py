@@ -31,7 +31,7 @@ def why_not(module: Any) -> str | None:
         chosen = inner._attn_implementation
         if chosen not in (None, OURS, *REPLACED):
             return f"the attention of its {type(inner).__name__} was chosen to be {chosen!r}"
-    if getattr(module.config, "output_attentions", False):
+    if module.config.output_attentions:
         return "output_attentions=True asks for the attention weights"
     if not module._can_set_attn_implementation():
         return "its attention does not go through transformers' AttentionInterface"
