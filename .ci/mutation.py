@@ -94,7 +94,7 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("tests/test_attention_modules.py",),
     ),
-    "fastops/nn/transformer.py": (("holds_causal",), ("tests/test_attention_modules.py",)),
+    "fastops/nn/transformer.py": (("holds_causal",), ("tests/test_transformer_masks.py",)),
     "fastops/_accelerate/huggingface.py": (("why_not",), ("tests/test_accelerate_transformers.py",)),
     "fastops/_accelerate/plan.py": (
         ("why_not", "_why_not_names", "_why_not_sequential", "_why_not_weights", "_foreign"),
