@@ -298,14 +298,24 @@ def test_more_than_torchs_own_stays(make, reason):
         fastops.accelerate(model, strict=True)
 
 
-def test_tensor_subclass_parameters_stay():
-    class Quantised(torch.Tensor):
-        pass
-
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("name", ["Quantised", "DTensor"])
+def test_tensor_subclass_parameters_stay(name, sharded):
+    """But for the DTensors of FSDP2, which are whole again by the time forward runs."""
     model = nn.LSTM(3, 4)
-    model.weight_hh_l0 = nn.Parameter(model.weight_hh_l0.detach().as_subclass(Quantised))
+    tensor_class = type(name, (torch.Tensor,), {})
+    model.weight_hh_l0 = nn.Parameter(model.weight_hh_l0.detach().as_subclass(tensor_class))
+    model._is_fsdp_managed_module = sharded
     (row,) = fastops.explain(model)
-    assert row.reason == "its weight_hh_l0 is a Quantised"
+    assert row.reason == ("" if sharded and name == "DTensor" else f"its weight_hh_l0 is a {name}")
+
+
+def test_a_weight_that_is_no_parameter_stays():
+    model = nn.GRUCell(3, 4)
+    weight = model._parameters.pop("weight_hh").detach()
+    model.weight_hh = weight
+    (row,) = fastops.explain(model)
+    assert (row.becomes, row.reason) == (None, "its weight_hh is no parameter of its own")
 
 
 def test_quantised_and_scripted_stay_with_the_reason():

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastops
 from fastops.nn import MultiheadAttention, TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
+from fastops.nn.attention import attention_masks
 from tests.rule import assert_within_rule
 
 B, L, S, E, H = 3, 5, 7, 12, 3
@@ -238,6 +239,45 @@ def test_errors_are_of_torchs_type(name):
     with pytest.raises(type(expected.value)) as raised:
         mine(*args, need_weights=False, **call)
     assert str(raised.value)
+
+
+@pytest.mark.parametrize("nested", ["query", "key", "value", "all"])
+def test_nested_tensors_are_what_they_are_in_torch(nested):
+    rows = torch.randn(2, S, E)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        ragged = torch.nested.nested_tensor(list(rows))
+    args = [ragged if nested in (name, "all") else rows for name in ("query", "key", "value")]
+    stock = nn.MultiheadAttention(E, H, batch_first=True).eval()
+    mine = MultiheadAttention(E, H, batch_first=True, impl="triton").eval()
+    with torch.no_grad(), pytest.raises(fastops.KernelUnavailable, match="nested"):
+        mine(*args, need_weights=False)
+    mine = MultiheadAttention(E, H, batch_first=True).eval()
+    mine.load_state_dict(stock.state_dict())
+    with torch.no_grad():
+        if nested == "all":
+            found, expected = (m(*args, need_weights=False)[0] for m in (mine, stock))
+            torch.testing.assert_close(found.to_padded_tensor(0.0), expected.to_padded_tensor(0.0))
+            return
+        for module in (mine, stock):
+            with pytest.raises(AssertionError, match="NestedTensor"):
+                module(*args, need_weights=False)
+
+
+def test_lengths_are_asked_for_where_they_pay():
+    """A GPU's kernels find the end of the padding in a mask of keys alone, and need lengths beside another mask."""
+    query, pad = torch.empty(B, H, S, E // H), padding("right")
+    mask = torch.zeros(S, S, dtype=torch.bool)
+    for device, other, given in (("cpu", None, True), ("cpu", mask, True), ("meta", None, False), ("meta", mask, True)):
+        other = None if other is None else other.to(device)
+        _, lengths = attention_masks(pad.to(device), other, query.to(device))
+        assert (lengths is not None) == given, (device, other)
+
+
+def test_batches_that_do_not_match_are_named():
+    x, y = torch.randn(L, B, E), torch.randn(S, B - 1, E)
+    with pytest.raises(RuntimeError, match="batch sizes of query and key"):
+        MultiheadAttention(E, H)(x, y, y)
 
 
 def test_impl_is_checked_and_shown():

@@ -90,7 +90,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return with_impl(self)
 
     def _why_torch(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
-        if self.bias_k is not None or self.bias_v is not None:
+        if self.bias_k is not None:
             return "add_bias_kv=True is left to torch"
         if self.add_zero_attn:
             return "add_zero_attn=True is left to torch"
