@@ -494,6 +494,41 @@ def test_huge_numbers_past_a_key_length_overflow_nowhere(impl, where, grad):
         torch.testing.assert_close(*(torch.autograd.grad(10 * x.sum(), q)[0] for x in (out, expected)))
 
 
+def test_large_numbers_past_a_key_length_meet_larger_ones():
+    """Neither in Q K^T nor in dO V^T."""
+    lengths, upstream = torch.tensor([2]), torch.full((1, 1, 4, 8), 1e21)
+    q, k, v = (torch.randn(1, 1, 4, 8) for _ in range(3))
+    poisoned = k * 1e-21
+    poisoned[:, :, 2:] = 1e18
+    poisoned.requires_grad_()
+    out = fastops.scaled_dot_product_attention(q * 1e21, poisoned, v, key_lengths=lengths)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q * 1e21, poisoned[:, :, :2], v[:, :, :2]))
+    poisoned = v.clone()
+    poisoned[:, :, 2:] = 1e18
+    q.requires_grad_()
+    out = fastops.scaled_dot_product_attention(q, k, poisoned, key_lengths=lengths)
+    expected = F.scaled_dot_product_attention(q, k[:, :, :2], v[:, :, :2])
+    torch.testing.assert_close(*(torch.autograd.grad(x, q, upstream)[0] for x in (out, expected)))
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["key", "value"])
+def test_tangents_past_a_key_length_are_not_felt(which):
+    inputs = [torch.randn(2, 2, 8, 16) for _ in range(3)]
+    lengths = torch.tensor([5, 3])
+    tangent = torch.randn_like(inputs[which])
+    poisoned = tangent.clone()
+    for row, length in zip(poisoned, lengths, strict=True):
+        row[:, length:] = float("nan")
+
+    def attend(x):
+        given = [*inputs[:which], x, *inputs[which + 1 :]]
+        return fastops.scaled_dot_product_attention(*given, key_lengths=lengths)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        found, expected = (torch.func.jvp(attend, (inputs[which],), (t,))[1] for t in (poisoned, tangent))
+    torch.testing.assert_close(found, expected)
+
+
 def test_lengths_under_another_default_device():
     q = torch.randn(2, 2, 4, 8)
     expected = fastops.scaled_dot_product_attention(q, q, q, key_lengths=torch.tensor([4, 2]))

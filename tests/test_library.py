@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -261,3 +262,37 @@ assert not missing, missing
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_kernel_cannot_read_is_named():
+    dense = torch.ones(2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is about to drop them
+        quantised = torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8)
+    assert _library.why_not_dense(x=dense, bias=None) is None
+    assert _library.why_not_dense(x=dense, weight=quantised) == "weight is not a dense tensor (torch.strided)"
+    assert _library.why_not_dense(x=dense.to_sparse()) == "x is not a dense tensor (torch.sparse_coo)"
+
+
+def test_a_batch_of_gradients_is_seen(monkeypatch):
+    seen = []
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(_library.differentiable_again((None, grad)))
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.compiler, "is_compiling", lambda: True)
+                assert _library._batched((grad,)) is False  # a compiled graph has no such tensors
+            return 2 * grad
+
+    x = torch.ones(3, requires_grad=True)
+    y = Twice.apply(x)
+    (rows,) = torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(3))
+    assert torch.equal(rows, 2 * torch.eye(3))
+    assert seen == [True, False]

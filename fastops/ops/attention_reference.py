@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fastops import _env
 
+MODERATE = 1e9  # a norm; fp32 ends at 3e38
 WORTH_A_CALL = 8_000_000  # multiply-adds saved on a CPU that pay for one more call of stock attention
 
 
@@ -181,7 +183,7 @@ def stock(
     looked_at = can_slice and not options.dropout_p and not _needs_grad(query, key, value, attn_mask)
     if query_lengths is not None:
         (query,) = _until(query_lengths, query)
-    if key_lengths is not None and not looked_at and not (can_slice and _moderate(key, value)):
+    if key_lengths is not None and not looked_at and not (can_slice and not _has_tangents() and _moderate(key, value)):
         key, value = _until(key_lengths, key, value)
     if causal and not lengths_given:
         return _sdpa(query, key, value, None, options, True, enable_gqa), None
@@ -204,7 +206,12 @@ def stock(
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return _has_tangents() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
+
+
+def _has_tangents() -> bool:
+    """Whether derivatives are carried forward: a look at the values does not see them."""
+    return forward_ad._current_level >= 0  # type: ignore[attr-defined]
 
 
 def padded_inference(
@@ -325,13 +332,13 @@ def _sliced(
 
 
 def _moderate(*tensors: Tensor) -> bool:
-    """Whether their norms are finite: then no number is near to overflow in a product.
+    """Whether their norms are far from overflow, even times what a query or a gradient may hold.
 
     Read on the host; False where there is nothing to read.
     """
     try:
         return all(
-            bool(torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
+            bool(torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32)) < MODERATE)
             for x in tensors
         )
     except RuntimeError:
