@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 
 from fastops import _env
 from models import train as command
-from models.training import checkpoint, compare, plots, presets, tasks
+from models.training import checkpoint, compare, folder, plots, presets, tasks
 from models.training.distributed import Processes
 from models.training.loop import Stop, Trainer
 from models.training.options import OptionError, Options
@@ -533,18 +534,63 @@ def test_ctrl_c_saves_and_the_run_goes_on(table, tmp_path):
 def test_no_run_writes_over_anothers_checkpoints(table, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fresh = options(table, tmp_path, epochs=1, out=None)
-    assert fresh.folder == "runs/transformer"
     assert train(fresh) == 0
-    assert fresh.folder == "runs/transformer-2"
     first = Path("runs/transformer/last.pt").read_bytes()
     assert train(fresh) == 0
     assert Path("runs/transformer/last.pt").read_bytes() == first
+    assert Path("runs/transformer-2/last.pt").exists()
     with pytest.raises(OptionError, match="--out runs/transformer: an earlier run's checkpoints are there; go on with"):
         train(dataclasses.replace(fresh, out="runs/transformer"))
     resumed = Options(model="transformer", root=str(table), resume="runs/transformer/last.pt", epochs=2)
     assert train(resumed) == 0
     assert checkpoint.load(Path("runs/transformer/last.pt"))["progress"]["epoch"] == 2
     assert not Path("runs/transformer-3").exists()
+
+
+def test_runs_at_the_same_time_have_folders_of_their_own(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fresh = options(table, tmp_path, epochs=1, out=None)
+    with folder.claimed(fresh) as first, folder.claimed(fresh) as second:
+        assert (first.out, second.out) == ("runs/transformer", "runs/transformer-2")
+        with pytest.raises(OptionError, match="another training is running there"):
+            train(dataclasses.replace(fresh, out="runs/transformer"))
+    with folder.claimed(fresh) as again:  # nobody saved, and both are gone
+        assert again.out == "runs/transformer"
+
+
+def test_only_the_run_itself_goes_on_in_its_folder(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train(options(table, tmp_path, epochs=1, out="mine")) == 0
+    assert train(options(table, tmp_path, epochs=1, out="other")) == 0
+    shutil.copy("mine/last.pt", "other/mine.pt")
+    resumed = Options(model="transformer", root=str(table), resume="other/mine.pt", epochs=2)
+    with pytest.raises(OptionError, match="--out other: an earlier run's checkpoints are there"):
+        train(resumed)
+    shutil.copy("mine/last.pt", "mine/best.pt")
+    assert train(dataclasses.replace(resumed, resume="mine/last.pt")) == 0
+    shutil.copy("other/last.pt", "mine/best.pt")
+    with pytest.raises(OptionError, match=r"mine/last.pt is further on, by \d+ steps"):
+        train(dataclasses.replace(resumed, resume="mine/best.pt", epochs=3))
+    with pytest.raises(OptionError, match="give one of them"):
+        train(dataclasses.replace(resumed, init_from="other/last.pt"))
+
+
+def test_a_run_that_gets_no_better_in_a_new_folder_names_no_best(table, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    still = options(table, tmp_path, epochs=1, out="a", learning_rate=0.0)
+    assert train(still) == 0
+    assert "weights in a/best.pt (best) and a/last.pt (last)" in capsys.readouterr().out
+    assert train(dataclasses.replace(still, resume="a/last.pt", out="b", epochs=2)) == 0
+    assert "weights in b/last.pt (last)" in capsys.readouterr().out
+    assert not Path("b/best.pt").exists()
+
+
+def test_a_reader_that_leaves_ends_no_training(table, tmp_path):
+    out = tmp_path / "out"
+    process = start("transformer", "--preset", "tiny", "--data", "table", "--root", table, "--epochs", 3, "--out", out)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert checkpoint.load(out / "last.pt")["progress"]["epoch"] == 3
 
 
 def test_the_command_to_go_on_starts_as_many_processes():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shlex
 import tempfile
@@ -55,16 +54,10 @@ class Options:
 
     @property
     def folder(self) -> str:
-        """Where checkpoints go: `out`, or beside the one that is resumed, or the first of runs/MODEL, runs/MODEL-2 ...
-
-        without an earlier run's.
-        """
+        """Where checkpoints go: `out`, or beside the one that is resumed, or runs/MODEL; see `folder.claimed`."""
         if self.out:
             return self.out
-        if self.resume:
-            return str(Path(self.resume).parent)
-        folders = (f"runs/{self.model}{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
-        return next(folder for folder in folders if not holds_a_run(folder))
+        return str(Path(self.resume).parent) if self.resume else f"runs/{self.model}"
 
     def command_to_resume(self, checkpoint: Path, processes: int = 1) -> str:
         """The command that goes on from `checkpoint`, which keeps what defines the run; the rest is said again."""

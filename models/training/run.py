@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.training import checkpoint, distributed, plots, tasks
+from models.training.folder import claimed
 from models.training.loop import READ_EVERY, Stop, Trainer, initialise_from
-from models.training.options import BEST, DEFINING, LAST, OptionError, Options, check_files, holds_a_run
+from models.training.options import BEST, DEFINING, LAST, OptionError, Options
 
 
 def train(options: Options, given: set[str] | None = None) -> int:
@@ -26,25 +28,20 @@ def train(options: Options, given: set[str] | None = None) -> int:
         options: what to do.
         given: the fields that were asked for, as opposed to defaults; a resumed run takes the others from its file.
     """
+    if options.resume and options.init_from:
+        raise OptionError("--init-from starts a new run, --resume goes on with one: give one of them")
     state = checkpoint.load(options.resume) if options.resume else None
     if state is not None:
         options = resumed(options, state, given or set())
     options = tasks.settle(options)
     if options.plot:
         plots.require(options.plot)
-    options = replace(options, out=options.folder)  # once: what it is changes with the first checkpoint
-    own = options.resume is not None and Path(options.resume).parent.resolve() == Path(options.folder).resolve()
-    if holds_a_run(options.folder) and not own:
-        raise OptionError(
-            f"--out {options.folder}: an earlier run's checkpoints are there; go on with --resume "
-            f"{options.folder}/{LAST}, or give another folder"
-        )
-    check_files(options.folder, metrics=options.metrics, plot=options.plot)
-    processes, device = distributed.join(choose_device(options))
-    try:
-        return _train(options, state, processes, device)
-    finally:
-        distributed.leave(processes)
+    with claimed(options) as options:
+        processes, device = distributed.join(choose_device(options))
+        try:
+            return _train(options, state, processes, device)
+        finally:
+            distributed.leave(processes)
 
 
 def _train(
@@ -54,7 +51,7 @@ def _train(
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    console = Console(quiet=not processes.first, highlight=False, soft_wrap=True)
+    console = Lasting(quiet=not processes.first, highlight=False, soft_wrap=True)
     task = tasks.build(options, state["task"] if state else None)
     if options.init_from:
         taken, fresh = initialise_from(task.model, options.init_from)
@@ -103,6 +100,16 @@ def choose_device(options: Options) -> torch.device:
     return device
 
 
+class Lasting(Console):
+    """A console whose reader may leave: the training goes on without a word."""
+
+    def on_broken_pipe(self) -> None:
+        """In place of rich's, which ends the process."""
+        self.quiet = True
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+
+
 def _epochs(count: int) -> str:
     return f"{count} epoch{'s' if count != 1 else ''}"
 
@@ -142,7 +149,10 @@ class Run:
                 f"go on with: {options.command_to_resume(self.folder / LAST, self.processes.world)}"
             )
             return 128 + self.stop.signal
-        self.console.print(f"{reason}; weights in {self.folder / BEST} (best) and {self.folder / LAST} (last)")
+        saved = f"{self.folder / LAST} (last)"
+        if (self.folder / BEST).exists():  # unless it was resumed into a new folder and got no better
+            saved = f"{self.folder / BEST} (best) and {saved}"
+        self.console.print(f"{reason}; weights in {saved}")
         return 0
 
     def epochs(self) -> str:
@@ -154,11 +164,11 @@ class Run:
                 self.save(LAST)
                 return "stopped"
             summary = self.trainer.finish_epoch()
-            self.console.print(self.describe(summary))
-            self.metrics.write("epoch", **summary)
-            self.save(LAST)
+            self.save(LAST)  # before anything is printed: whoever reads it may be gone
             if progress.since_best == 0:
                 self.save(BEST)
+            self.console.print(self.describe(summary))
+            self.metrics.write("epoch", **summary)
             if options.early_stop is not None and progress.since_best >= options.early_stop:
                 return f"no better {self.task.metric} for {options.early_stop} epochs"
         return f"{_epochs(progress.epoch)} done"
