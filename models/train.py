@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--out", metavar="DIR", help="checkpoints last.pt and best.pt (default: runs/MODEL, the next time runs/MODEL-2)"
     )
-    files.add_argument("--resume", metavar="FILE", help="go on where a checkpoint was written")
+    files.add_argument("--resume", metavar="FILE", help="go on where a checkpoint was written; of a folder its last.pt")
     files.add_argument("--save-every", type=_positive, metavar="N", help="save also every N steps")
     files.add_argument("--metrics", metavar="FILE", help="JSON lines: one per look at the loss, one per epoch")
     files.add_argument("--plot", metavar="FILE", help="loss and accuracy curves as PNG")

@@ -509,7 +509,8 @@ def test_checkpoint_autocast_and_functional_gradients(device):
     x, h0, _, weights = layer.leaves(torch.float32)
     with torch.autocast(device.type, dtype=torch.float16):
         low = recurrent_layer("GRU", x, h0, None, weights, impl="small")
-    assert low[0].dtype == low[1].dtype == torch.float16
+    cast = torch.float16 if device.type == "cuda" else torch.float32  # autocast knows no GRU on the CPU
+    assert low[0].dtype == low[1].dtype == cast
     low[0].sum().backward()
     assert x.grad.dtype == torch.float32
 

@@ -126,6 +126,24 @@ def test_inductor_and_autocast():
     output.float().sum().backward()
 
 
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN"])
+def test_dtypes_under_autocast_are_stocks_compiled_and_with_lengths(mode):
+    """PyTorch's autocast on the CPU casts no GRU; only the products in it are cast."""
+    ours, stock = pair(getattr(fastops.nn, mode), getattr(nn, mode), 3, 5, num_layers=2)
+    compiled, lengths = torch.compile(ours, backend="aot_eager"), torch.tensor([4, 4])
+    dtypes = (torch.float32, torch.bfloat16)
+    for of_x, of_h in [(a, b) for a in dtypes for b in (*dtypes, None)] if mode == "GRU" else [(torch.float32, None)]:
+        x = torch.randn(4, 2, 3).to(of_x)
+        h = None if of_h is None else torch.randn(2, 2, 5).to(of_h)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = flat(stock(x, h))
+            results = [flat(ours(x, h)), flat(compiled(x, h)), flat(ours(x, h, lengths=lengths))]
+        for found in results:
+            assert [each.dtype for each in found] == [each.dtype for each in expected]
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a.float(), b.float(), atol=0.02, rtol=0.02)
+
+
 def test_packed_sequences_compile_with_a_break():
     module = fastops.nn.LSTM(3, 5)
     packed = pack_padded_sequence(torch.randn(4, 2, 3), [4, 2])

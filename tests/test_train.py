@@ -407,6 +407,8 @@ class TestCommandLine:
             (["transformer", "--task", "lm", "--data", "text", "--root", "/nowhere"], "is not a folder"),
             (["transformer", "--data", "table", "--root", "two.csv"], "nothing is left to learn"),
             (["transformer", "--data", "table", "--root", "two.txt"], "two.txt is not a file"),
+            (["transformer", "--resume", "folder"], "folder/last.pt is missing"),
+            (["transformer", "--init-from", "folder"], "folder is a folder, name the file in it"),
             (["rnn", "--resume", "empty.pt"], "empty.pt is empty"),
             (["rnn", "--resume", "two.csv"], "two.csv cannot be read"),
             (["rnn", "--init-from", "two.csv"], "two.csv cannot be read"),
@@ -418,6 +420,7 @@ class TestCommandLine:
         monkeypatch.chdir(tmp_path)
         Path("two.csv").write_text("text,label\none,a\ntwo,b\n")
         Path("empty.pt").touch()
+        Path("folder").mkdir()
         checkpoint.save("bert.pt", {"model": {}, "options": {"model": "bert", "learning_rate": 0.1}})
         assert command.main(arguments) == 2
         error = capsys.readouterr().err
@@ -544,6 +547,8 @@ def test_no_run_writes_over_anothers_checkpoints(table, tmp_path, monkeypatch):
     resumed = Options(model="transformer", root=str(table), resume="runs/transformer/last.pt", epochs=2)
     assert train(resumed) == 0
     assert checkpoint.load(Path("runs/transformer/last.pt"))["progress"]["epoch"] == 2
+    assert train(dataclasses.replace(resumed, resume="runs/transformer", epochs=3)) == 0
+    assert checkpoint.load(Path("runs/transformer/last.pt"))["progress"]["epoch"] == 3
     assert not Path("runs/transformer-3").exists()
 
 
@@ -556,6 +561,21 @@ def test_runs_at_the_same_time_have_folders_of_their_own(table, tmp_path, monkey
             train(dataclasses.replace(fresh, out="runs/transformer"))
     with folder.claimed(fresh) as again:  # nobody saved, and both are gone
         assert again.out == "runs/transformer"
+
+
+def test_a_refused_run_leaves_no_folder_behind(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    refused = options(table, tmp_path, epochs=1, out=None, init_from="nowhere.pt")
+    for out in (None, "new/deeper", "mine/deeper", "mine"):
+        with pytest.raises(checkpoint.CheckpointError, match=r"nowhere\.pt is missing"):
+            train(dataclasses.replace(refused, out=out))
+    assert not Path("runs").exists()
+    assert not Path("new").exists()
+    assert list(Path("mine").iterdir()) == []
+    with pytest.raises(checkpoint.CheckpointError):
+        train(dataclasses.replace(refused, out="kept/run", metrics="kept/metrics.jsonl"))
+    assert not Path("kept/run").exists()
 
 
 def test_only_the_run_itself_goes_on_in_its_folder(table, tmp_path, monkeypatch):

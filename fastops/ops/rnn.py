@@ -330,7 +330,8 @@ def recurrent_layer(
 
     Returns:
         output (T, B, directions H) or (B, T, directions H), h_n (directions, B, H), and c_n likewise for an LSTM, else
-        None. Under autocast all in autocast's dtype.
+        None. Under autocast all in autocast's dtype; but a GRU's on the CPU, which autocast does not know there, in the
+        dtype its sums with the initial state have: that of `h0`, without it that of `input`, promoted.
 
     Raises:
         ValueError, RuntimeError: a bad mode, shape, dtype or device; the message names the argument.
@@ -339,6 +340,8 @@ def recurrent_layer(
     engine = _env.choose_impl(impl, IMPLS)
     dtype = _env.autocast_dtype(input.device)
     if dtype is not None and input.dtype in DTYPES:
+        if mode == "GRU" and input.device.type == "cpu":
+            dtype = torch.promote_types(dtype, (input if h0 is None else h0).dtype)
         input, h0, c0 = (_env.autocast(x, dtype) for x in (input, h0, c0))
         weights = [tuple(_env.autocast(w, dtype) for w in each) for each in weights]  # type: ignore[misc]
         with torch.autocast(input.device.type, enabled=False):

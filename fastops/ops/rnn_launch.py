@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastops import _library
 from fastops.ops.rnn_reference import stock
 
 
@@ -119,28 +120,18 @@ def _stock_backward(
     batch_rows: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in (input, h0, c0, *weights)]
-        assert leaves[0] is not None
-        flat = [w for w in leaves[3:] if w is not None]
-        results = stock(mode, leaves[0], leaves[1], leaves[2], split(flat), lengths, batch_first)
-        pairs = [(y, g) for y, g in zip(results, gradients, strict=True) if y is not None and g is not None]
-        wanted = [x for x, needed in zip(leaves, needs, strict=True) if needed and x is not None]
-        found = iter(
-            torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-            if pairs
-            else [None] * len(wanted)
-        )
-    results_of: list[Tensor] = []
-    for index, (x, needed) in enumerate(zip(leaves, needs, strict=True)):
+    def layer(input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        output, h_n, c_n = stock(mode, input, h0, c0, split(list(weights)), lengths, batch_first)
+        return (output, h_n) if c_n is None else (output, h_n, c_n)
+
+    inputs = [input, h0, c0, *weights]
+    found = _library.gradients_alone(layer, inputs, needs, gradients if mode == "LSTM" else gradients[:2])
+    results: list[Tensor] = []
+    for x, needed, gradient in zip(inputs, needs, found, strict=True):
         if x is None or not needed:
-            results_of.append(input.new_empty(0))
-            continue
-        gradient = next(found)
-        gradient = torch.zeros_like(x) if gradient is None else gradient
-        if index == 0 and batch_rows != batch_first:
-            gradient = gradient.transpose(0, 1).contiguous().transpose(0, 1)
+            results.append(input.new_empty(0))
         else:
-            gradient = gradient.contiguous()
-        results_of.append(gradient)
-    return results_of
+            results.append(torch.zeros_like(x) if gradient is None else gradient.contiguous())
+    if needs[0] and batch_rows != batch_first:
+        results[0] = results[0].transpose(0, 1).contiguous().transpose(0, 1)
+    return results

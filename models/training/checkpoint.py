@@ -47,6 +47,8 @@ def load(path: str | Path) -> Checkpoint:
         CheckpointError: missing, cut short, not a checkpoint of these models, or of a newer format.
     """
     file = Path(path)
+    if file.is_dir():
+        raise CheckpointError(f"checkpoint {file} is a folder, name the file in it")
     if not file.is_file():
         raise CheckpointError(f"checkpoint {file} is missing")
     if file.stat().st_size == 0:

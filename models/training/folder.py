@@ -39,6 +39,7 @@ def claimed(options: Options) -> Iterator[Options]:
                 _check_owner(options, folder)
             elif holds_a_run(folder):
                 continue
+            stack.enter_context(_unmade_if_refused(folder))
             check_files(folder, metrics=options.metrics, plot=options.plot)
             free = stack.enter_context(_locked(folder))
             if named and not free:
@@ -66,6 +67,19 @@ def _check_owner(options: Options, folder: str) -> None:
                 f"--resume {source}: {last} is further on, by {steps[1] - steps[0]} steps, and would be written over; "
                 "give another folder with --out"
             )
+
+
+@contextlib.contextmanager
+def _unmade_if_refused(folder: str) -> Iterator[None]:
+    """Where a run ends by an error before it has written anything, the folders made for it go again."""
+    missing = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(OSError):  # one that is not empty stays, and with it those above
+            for path in missing:
+                path.rmdir()
+        raise
 
 
 def _same(a: Path, b: Path) -> bool:

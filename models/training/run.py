@@ -30,6 +30,8 @@ def train(options: Options, given: set[str] | None = None) -> int:
     """
     if options.resume and options.init_from:
         raise OptionError("--init-from starts a new run, --resume goes on with one: give one of them")
+    if options.resume and Path(options.resume).is_dir():
+        options = replace(options, resume=str(Path(options.resume) / LAST))
     state = checkpoint.load(options.resume) if options.resume else None
     if state is not None:
         options = resumed(options, state, given or set())
