@@ -219,7 +219,7 @@ def why_not_dense(**tensors: torch.Tensor | None) -> str | None:
 
 def why_no_transform(vmap: bool = True) -> str | None:
     """Why an op without forward-mode derivatives (and, unless `vmap` is False, without batching) cannot run here."""
-    if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+    if has_tangents():
         return "forward-mode derivatives are not implemented"
     return "torch.vmap is not implemented" if vmap and _under_vmap() else None
 
@@ -243,6 +243,11 @@ def differentiable_again(grad_outputs: Sequence[torch.Tensor | None] = ()) -> bo
             torch.autograd.grad hands over in a batch of its own kind.
     """
     return torch.is_grad_enabled() or _under_vmap() or _batched(grad_outputs)
+
+
+def has_tangents() -> bool:
+    """Whether derivatives are carried forward (torch.func.jvp): a look at the values does not see them."""
+    return forward_ad._current_level >= 0  # type: ignore[attr-defined]
 
 
 def _batched(tensors: Sequence[torch.Tensor | None]) -> bool:

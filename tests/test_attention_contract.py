@@ -480,6 +480,56 @@ def test_a_mask_is_not_read_past_a_query_length(impl, columns, size):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("worth", [0, 8_000_000], ids=["slices", "whole"])
+@pytest.mark.parametrize("size", [4, 300], ids=["small", "large"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"key_lengths": True},
+        {"key_lengths": True, "is_causal": True},
+        {"attn_mask": torch.bool},
+        {"attn_mask": torch.float32},
+        {"alibi_slopes": torch.tensor([0.5, 0.1])},
+        {"dtype": torch.float64},
+        {"dropout_p": 1.0},
+    ],
+    ids=str,
+)
+def test_inference_ends_rows_as_training_does(options, size, worth, monkeypatch):
+    """Without gradients the rows that have ended are computed like the others and then overwritten."""
+    monkeypatch.setattr(attention_reference, "WORTH_A_CALL", worth)
+    options = dict(options)
+    dtype = options.pop("dtype", torch.float32)
+    q, k, v = (torch.randn(3, 2, size, 16, dtype=dtype) for _ in range(3))
+    lengths = torch.tensor([size // 2, 0, size + 5])
+    q[0, :, size // 2 :] = float("nan")
+    before = [x.clone() for x in (q, k, v)]
+    if "key_lengths" in options:
+        options["key_lengths"] = torch.tensor([size, size, 3], dtype=torch.int32)
+    if "attn_mask" in options:
+        mask = torch.randn(3, 1, size, size)
+        mask = mask > -1 if options["attn_mask"] == torch.bool else mask
+        if mask.dtype != torch.bool:
+            mask[0, :, size // 2 :] = float("nan")
+        options["attn_mask"] = mask
+    found = sdpa(q, k, v, query_lengths=lengths, **options)
+    expected = sdpa(q.clone().requires_grad_(), k, v, query_lengths=lengths, **options).detach()
+    torch.testing.assert_close(found, expected)
+    assert not found[0, :, size // 2 :].any()
+    assert not found[1].any()
+    assert "dropout_p" in options or found[2].any()
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip((q, k, v), before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_inference_with_query_lengths_under_vmap():
+    x, n = torch.randn(2, 3, 1, 4, 16), torch.tensor([[4, 1, 0], [2, 3, 4]])
+    found = torch.vmap(lambda x, n: sdpa(x, x, x, query_lengths=n))(x, n)
+    torch.testing.assert_close(found, torch.stack([sdpa(a, a, a, query_lengths=b) for a, b in zip(x, n, strict=True)]))
+
+
 @pytest.mark.parametrize("impl", ["triton", "auto", "torch"])
 @pytest.mark.parametrize("where", ["key", "value"])
 @pytest.mark.parametrize("grad", [False, True])

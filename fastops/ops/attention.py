@@ -82,16 +82,16 @@ def scaled_dot_product_attention(
         KernelUnavailable: impl="triton" where it cannot run; the message says why.
     """
     name = "scaled_dot_product_attention"
-    plain = attn_mask is None and query_lengths is None and window is None and alibi_slopes is None
+    plain = attn_mask is None and window is None and alibi_slopes is None
     # nothing to decide, and on small tensors the checks cost time
     plain = plain and not (softcap or return_lse) and _env.nothing_to_choose(impl, query)
     if plain and _takes_stock(query, key, value):
-        if key_lengths is None:
+        if key_lengths is None and query_lengths is None:
             return F.scaled_dot_product_attention(
                 query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        if isinstance(key_lengths, Tensor) and not (dropout_p or is_causal) and _env.may_read_values():
-            out = padded_inference(query, key, value, key_lengths, scale)
+        if not (dropout_p or is_causal) and _env.may_read_values():
+            out = padded_inference(query, key, value, key_lengths, query_lengths, scale)
             if out is not None:
                 return out
     tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "key_lengths": key_lengths}

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from fastops import _env
+from fastops import _env, _library
 
 MODERATE = 1e9  # a norm; fp32 ends at 3e38
 WORTH_A_CALL = 8_000_000  # multiply-adds saved on a CPU that pay for one more call of stock attention
@@ -180,14 +179,19 @@ def stock(
             return out, None
     # 0 x NaN is NaN, and 0 times what overflows as well: nothing past a length may be read as a number. Where no
     # gradient will show it, it shows in the output, which is the smallest thing to look at
-    looked_at = can_slice and not options.dropout_p and not _needs_grad(query, key, value, attn_mask)
-    if query_lengths is not None:
+    inference = not _needs_grad(query, key, value, attn_mask)
+    looked_at = can_slice and not options.dropout_p and inference
+    if query_lengths is not None and not inference:
         (query,) = _until(query_lengths, query)
-    if key_lengths is not None and not looked_at and not (can_slice and not _has_tangents() and _moderate(key, value)):
-        key, value = _until(key_lengths, key, value)
-    if causal and not lengths_given:
-        return _sdpa(query, key, value, None, options, True, enable_gqa), None
-    mask = visible_keys(query.shape[-2], key.shape[-2], query.device, options, key_lengths, query_lengths, shift)
+    if key_lengths is not None and not looked_at:
+        harmless = can_slice and not _library.has_tangents() and _moderate(key, value)
+        key, value = (key, value) if harmless else _until(key_lengths, key, value)
+    # what a row past its length computes is read by nobody but gradients
+    hidden_rows = None if inference else query_lengths
+    if causal and key_lengths is None and hidden_rows is None:
+        out = _sdpa(query, key, value, None, options, True, enable_gqa)
+        return _with_rows_ended(out, query_lengths, looked_at), None
+    mask = visible_keys(query.shape[-2], key.shape[-2], query.device, options, key_lengths, hidden_rows, shift)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         mask = attn_mask if mask is None else attn_mask & mask
     bias = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
@@ -198,41 +202,74 @@ def stock(
         bias = alibi if bias is None else bias + alibi
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    out = _sdpa(query, key, value, mask, options, False, enable_gqa)
+    out = _with_rows_ended(_sdpa(query, key, value, mask, options, False, enable_gqa), query_lengths, looked_at)
     if key_lengths is not None and looked_at and not _moderate(out):
         key, value = _until(key_lengths, key, value)
-        out = _sdpa(query, key, value, mask, options, False, enable_gqa)
-    return out if query_lengths is None else _until(query_lengths, out)[0], None
+        out = _with_rows_ended(_sdpa(query, key, value, mask, options, False, enable_gqa), query_lengths, looked_at)
+    return out, None
+
+
+def _with_rows_ended(out: Tensor, query_lengths: Tensor | None, in_place: bool) -> Tensor:
+    """Zeros in rows at or past their length; `in_place` for an output that nobody else has, on a CPU."""
+    if query_lengths is None:
+        return out
+    lengths = _read(query_lengths, out.shape[-2]) if in_place and query_lengths.shape == out.shape[:-3] else None
+    if lengths is None or out.dim() != 4:
+        return _until(query_lengths, out)[0]
+    for item, length in zip(out.unbind(), lengths, strict=True):
+        item[:, length:].zero_()  # less than masked_fill's time: only what has ended is written
+    return out
+
+
+def _read(lengths: Tensor, size: int) -> list[int] | None:
+    """Lengths within 0..size as numbers; None where there are none to read: fake tensors, those of vmap."""
+    try:
+        return lengths.clamp(0, size).tolist()
+    except RuntimeError:
+        return None
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return _has_tangents() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
-
-
-def _has_tangents() -> bool:
-    """Whether derivatives are carried forward: a look at the values does not see them."""
-    return forward_ad._current_level >= 0  # type: ignore[attr-defined]
+    if _library.has_tangents():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def padded_inference(
-    query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    query_lengths: Tensor | None,
+    scale: float | None,
 ) -> Tensor | None:
     """The plainest padded call on a CPU, too small for slices to pay and for many checks; None where it is not that."""
     if not query.dim() == key.dim() == value.dim() == 4 or _needs_grad(query, key, value):
         return None
     batch, heads, q_len, head_dim = query.shape
     k_len = key.shape[2]
-    if query.dtype not in (torch.float32, torch.bfloat16) or key_lengths.dtype not in (torch.int32, torch.int64):
+    if query.dtype not in (torch.float32, torch.bfloat16):
         return None
+    for lengths in (key_lengths, query_lengths):
+        if lengths is not None and (
+            type(lengths) is not Tensor
+            or lengths.dtype not in (torch.int32, torch.int64)
+            or lengths.shape != (batch,)
+            or lengths.device != query.device
+        ):
+            return None
     if key.shape != (batch, heads, k_len, head_dim) or value.shape[:3] != key.shape[:3]:
         return None
-    if key_lengths.shape != (batch,) or key_lengths.device != query.device or not k_len or not head_dim:
+    if not (q_len and k_len and head_dim) or heads * head_dim * q_len * k_len > 2 * WORTH_A_CALL:
         return None
-    if not q_len or heads * head_dim * q_len * k_len > 2 * WORTH_A_CALL:
-        return None
-    positions = torch.arange(k_len, dtype=key_lengths.dtype, device=key_lengths.device)
-    mask = positions < key_lengths[:, None, None, None]
+    mask = None
+    if key_lengths is not None:
+        positions = torch.arange(k_len, dtype=key_lengths.dtype, device=key_lengths.device)
+        mask = positions < key_lengths[:, None, None, None]
     out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    out = _with_rows_ended(out, query_lengths, in_place=True)
+    if key_lengths is None:
+        return out
     try:  # 0 x NaN is NaN: a dead key or value that is not finite shows in the output
         return out if math.isfinite(out.sum().item()) else None
     except RuntimeError:  # fake tensors and those of vmap have no values to read
@@ -281,14 +318,11 @@ def _sliced(
     k_len = key.shape[-2]
     if key.shape[:1] != query.shape[:1] or value.shape[:1] != query.shape[:1]:
         return None
-
-    def sizes(lengths: Tensor | None, full: int) -> list[int]:
-        return [full] * batch if lengths is None else lengths.clamp(0, full).tolist()
-
-    try:
-        pairs = list(zip(sizes(query_lengths, q_len), sizes(key_lengths, k_len), strict=True))
-    except RuntimeError:  # fake tensors and those of vmap have no values to read
+    rows_of = [q_len] * batch if query_lengths is None else _read(query_lengths, q_len)
+    keys_of = [k_len] * batch if key_lengths is None else _read(key_lengths, k_len)
+    if rows_of is None or keys_of is None:
         return None
+    pairs = list(zip(rows_of, keys_of, strict=True))
     if not any(a and b for a, b in pairs):
         return None
     saved = query.shape[1] * query.shape[-1] * (batch * q_len * k_len - sum(a * b for a, b in pairs))
