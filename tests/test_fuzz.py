@@ -53,7 +53,16 @@ def test_a_damaged_record_is_named_and_left_alone(tmp_path, capsys):
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_run_that_is_stopped_leaves_no_process_behind(stop, tmp_path):
     command = ["-m", "tests.fuzz", "conv2d", "--examples", "100000", "--jobs", "2", "--state", str(tmp_path / "s.json")]
-    run = subprocess.Popen([sys.executable, *command], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE)
+
+    def hear_ctrl_c():  # which a shell's background jobs, of which this test may be one, do not
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    run = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        preexec_fn=hear_ctrl_c,
+    )
     run.stdout.readline()  # of the first chunk
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     assert len(children) >= 2
