@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastops
+from fastops.ops import attention_reference
 from fastops.ops.attention_dropout import keep_mask, new_seed
 from tests.fuzz.engine import (
     FLOATS,
@@ -258,6 +260,8 @@ def dense_call(case: Dense) -> str:
         return refuses(ours, arguments, case.illegal)
     explicit, dropout_p = case.impl == "triton", case.plain.get("dropout_p")
     drops = isinstance(dropout_p, float) and 0 < dropout_p <= 1
+    if explicit and isinstance(dropout_p, float) and not 0 <= dropout_p <= 1:
+        return refuses(ours, arguments, "dropout_p")  # one of torch's ways takes -0.5 for 0
 
     def stock(query: Any, key: Any, value: Any, mask: Any, slopes: Any) -> Any:
         if not case.more and slopes is None and not (explicit and drops):
@@ -290,6 +294,13 @@ def attention(case: Dense) -> str:
 @fuzzed(dense(("auto", "torch"), ROUNDED_FLOATS, 7, more=True))
 def attention_more(case: Dense) -> str:
     return dense_call(case)
+
+
+@fuzzed(dense(("auto", "torch"), ROUNDED_FLOATS, 7, more=True))
+def attention_sliced(case: Dense) -> str:
+    """As on a CPU with sequences long enough for that."""
+    with mock.patch.object(attention_reference, "WORTH_A_CALL", 0):
+        return dense_call(case)
 
 
 @fuzzed(dense(("triton",), KERNEL_FLOATS, 7, more=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastops
+from fastops.ops import rnn_reference
 from tests.fuzz.engine import (
     FLOATS,
     KERNEL_FLOATS,
@@ -181,6 +183,13 @@ def recurrent_modules(case: Recurrent) -> str:
     return recurrent_call(case)
 
 
+@fuzzed(recurrent(("auto", "torch"), CPU_FLOATS, 2))
+def recurrent_modules_packed(case: Recurrent) -> str:
+    """As on a CPU with layers large enough for that."""
+    with mock.patch.object(rnn_reference, "PACKING_PAYS", dict.fromkeys(rnn_reference.PACKING_PAYS, (1.0, 0))):
+        return recurrent_call(case)
+
+
 @fuzzed(recurrent(("triton", "small", "step"), KERNEL_FLOATS, 2))
 def recurrent_modules_kernels(case: Recurrent) -> str:
     return recurrent_call(case)
@@ -333,7 +342,7 @@ def layer_norms(draw: Any, impls: tuple[str, ...], dtypes: Any) -> LayerNorm:
     if wrong == "input width":
         shape = (*shape[:-1], draw(st.sampled_from([1, 4])))
     if wrong == "input rank":
-        shape = draw(st.sampled_from([(3,), (1, *shape)]))
+        shape = draw(st.sampled_from([(3,), (1, *shape) if batched else (1, 1, *shape)]))
     given = [draw(specs(shape, torch.float64 if wrong == "input dtype" else dtype))]
     if "state" in wrong or draw(st.booleans()):
         shapes, place = [state, state], draw(st.integers(0, 1))
