@@ -181,13 +181,18 @@ def stock(
     # gradient will show it, it shows in the output, which is the smallest thing to look at
     inference = not _needs_grad(query, key, value, attn_mask)
     looked_at = can_slice and not options.dropout_p and inference
-    if query_lengths is not None and not inference:
-        (query,) = _until(query_lengths, query)
-    if key_lengths is not None and not looked_at:
-        harmless = can_slice and not _library.has_tangents() and _moderate(key, value)
-        key, value = (key, value) if harmless else _until(key_lengths, key, value)
+    harmless = looked_at
+    if can_slice and not looked_at and not _library.has_tangents():
+        harmless = _moderate(key, value) if query_lengths is None else _moderate(query, key, value)
     # what a row past its length computes is read by nobody but gradients
     hidden_rows = None if inference else query_lengths
+    if not harmless:
+        if hidden_rows is not None:
+            (query,) = _until(hidden_rows, query)
+        if key_lengths is not None:
+            key, value = _until(key_lengths, key, value)
+    elif attn_mask is None or attn_mask.dtype == torch.bool:
+        hidden_rows = None
     if causal and key_lengths is None and hidden_rows is None:
         out = _sdpa(query, key, value, None, options, True, enable_gqa)
         return _with_rows_ended(out, query_lengths, looked_at), None
