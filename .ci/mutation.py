@@ -68,6 +68,7 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (RNN, "tests/test_rnn.py::test_bad_input", "tests/test_rnn.py::test_lengths_as_the_kernels_read_them"),
     ),
     "fastops/ops/rnn.py": (("why_not", "_why_no_plan", "choose"), (RNN, TRANSFORMS)),
+    "fastops/ops/rnn_reference.py": (("_packing_pays", "_stock_packed"), ("tests/test_rnn_packing.py",)),
     "fastops/ops/rnn_lengths.py": ((), tuple(f"tests/test_launch_failure.py::{test}" for test in LOOKS)),
     "fastops/ops/conv2d_relu.py": (("why_not",), (CONV2D, TRANSFORMS)),
     "fastops/ops/rnn_cell.py": (

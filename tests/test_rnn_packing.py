@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastops
@@ -56,6 +57,7 @@ def call(mode="LSTM", batch=32, hidden=64, steps=10, real=5, gradients=False):
         ({"mode": "GRU", "batch": 0}, False),
         ({"mode": "GRU", "steps": 0, "real": 0}, False),
         ({"mode": "GRU", "real": 11}, False),
+        ({"mode": "GRU", "real": 1}, True),
     ],
 )
 def test_where_packing_pays(arguments, pays):
@@ -84,8 +86,13 @@ def test_batch_first_is_another_way_round():
 
 def test_not_under_autocast_whose_dtypes_differ():
     with torch.autocast("cpu", torch.bfloat16):
-        assert not _packing_pays(*call())
+        assert _packing_pays(*call()) is False
     assert _packing_pays(*call())
+
+
+def test_not_with_tangents_which_torch_packs_none_of():
+    with forward_ad.dual_level():
+        assert _packing_pays(*call()) is False
 
 
 def test_a_trace_reads_lengths_when_it_runs():

@@ -268,7 +268,7 @@ def dense_call(case: Dense) -> str:
     def stock(query: Any, key: Any, value: Any, mask: Any, slopes: Any) -> Any:
         if not case.more and slopes is None and not (explicit and drops):
             if isinstance(mask, Tensor) and isinstance(query, Tensor) and query.dtype == torch.float64:
-                mask = mask.to(torch.float64) if mask.is_floating_point() else mask
+                mask = mask.to(torch.float64) if mask.dtype == torch.float32 else mask
             return F.scaled_dot_product_attention(query, key, value, mask, **case.plain)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
