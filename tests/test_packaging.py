@@ -271,3 +271,37 @@ def test_help_lists_the_commands(capsys):
         for command, (_, summary) in main.COMMANDS.items():
             assert command in text
             assert summary.split()[0] in text
+
+
+PRETENDED_PYTHON = """#!/bin/sh
+if [ "$1 $2" = "-m venv" ]; then
+    mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; echo made >>"$MADE"
+elif [ "$1 $2" = "-m pip" ]; then
+    exit "${PIP_ENDS_WITH:-0}"
+fi
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_an_installation_that_was_stopped_starts_anew(tmp_path):
+    """And one that was whole is kept, whatever a later call of pip ends with."""
+    python, made = tmp_path / "python3", tmp_path / "made"
+    python.write_text(PRETENDED_PYTHON)
+    python.chmod(0o755)
+    names = {
+        "PYTHON": str(python),
+        "VENV": str(tmp_path / "venv"),
+        "EXTRAS": "dev",
+        "CONSTRAINTS": "",
+        "MADE": str(made),
+    }
+    for ends_with, environments_made in ((1, 1), (0, 2), (0, 2), (1, 2), (0, 2)):
+        done = subprocess.run(
+            ["sh", ROOT / ".ci" / "install"],
+            env={**os.environ, **names, "PIP_ENDS_WITH": str(ends_with)},
+            cwd=tmp_path,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == ends_with, done.stderr
+        assert made.read_text().count("made") == environments_made
