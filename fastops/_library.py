@@ -245,6 +245,11 @@ def differentiable_again(grad_outputs: Sequence[torch.Tensor | None] = ()) -> bo
     return torch.is_grad_enabled() or _under_vmap() or _batched(grad_outputs)
 
 
+def wants_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether what is computed from these is recorded for a backward pass."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def has_tangents() -> bool:
     """Whether derivatives are carried forward (torch.func.jvp): a look at the values does not see them."""
     return forward_ad._current_level >= 0  # type: ignore[attr-defined]

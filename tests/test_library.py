@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils import flop_counter
 
 from fastops import _library, _triton_cache
@@ -296,3 +297,19 @@ def test_a_batch_of_gradients_is_seen(monkeypatch):
     torch.autograd.grad(y, x, torch.ones(3))
     assert torch.equal(rows, 2 * torch.eye(3))
     assert seen == [True, False]
+
+
+def test_gradients_are_wanted_of_what_requires_some_where_they_are_on():
+    plain, leaf = torch.ones(1), torch.ones(1, requires_grad=True)
+    assert _library.wants_grad(None, plain, leaf) is True
+    assert _library.wants_grad(None, plain) is False
+    assert _library.wants_grad() is False
+    with torch.no_grad():
+        assert _library.wants_grad(leaf) is False
+
+
+def test_tangents_are_seen_while_they_are_carried():
+    assert _library.has_tangents() is False
+    with forward_ad.dual_level():
+        assert _library.has_tangents() is True
+    assert _library.has_tangents() is False

@@ -337,7 +337,6 @@ def _engine(
         return "torch"
     if impl == "triton":
         return "triton"
-    tensors = [x for x in (query, key, value, attn_mask) if x is not None]
     return tuning.choose(
         ROWS,
         facts(
@@ -348,7 +347,7 @@ def _engine(
             mask="none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "float",
             lengths=key_lengths is not None or query_lengths is not None or _hides_keys_alone(attn_mask, query, key),
             alibi=alibi_slopes is not None,
-            grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+            grad=_library.wants_grad(query, key, value, attn_mask),
             options=options,
             packed=packed,
         ),

@@ -184,6 +184,11 @@ def stock(
     harmless = looked_at
     if can_slice and not looked_at and not _library.has_tangents():
         harmless = _moderate(key, value) if query_lengths is None else _moderate(query, key, value)
+
+    def attend(mask: Tensor | None, is_causal: bool = False) -> Tensor:
+        out = _sdpa(query, key, value, mask, options, is_causal, enable_gqa)
+        return _with_rows_ended(out, query_lengths, looked_at)
+
     # what a row past its length computes is read by nobody but gradients
     hidden_rows = None if inference else query_lengths
     if not harmless:
@@ -194,8 +199,7 @@ def stock(
     elif attn_mask is None or attn_mask.dtype == torch.bool:
         hidden_rows = None
     if causal and key_lengths is None and hidden_rows is None:
-        out = _sdpa(query, key, value, None, options, True, enable_gqa)
-        return _with_rows_ended(out, query_lengths, looked_at), None
+        return attend(None, True), None
     mask = visible_keys(query.shape[-2], key.shape[-2], query.device, options, key_lengths, hidden_rows, shift)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         mask = attn_mask if mask is None else attn_mask & mask
@@ -207,10 +211,10 @@ def stock(
         bias = alibi if bias is None else bias + alibi
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    out = _with_rows_ended(_sdpa(query, key, value, mask, options, False, enable_gqa), query_lengths, looked_at)
+    out = attend(mask)
     if key_lengths is not None and looked_at and not _moderate(out):
         key, value = _until(key_lengths, key, value)
-        out = _with_rows_ended(_sdpa(query, key, value, mask, options, False, enable_gqa), query_lengths, looked_at)
+        out = attend(mask)
     return out, None
 
 
@@ -235,9 +239,7 @@ def _read(lengths: Tensor, size: int) -> list[int] | None:
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    if _library.has_tangents():
-        return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return _library.has_tangents() or _library.wants_grad(*tensors)
 
 
 def padded_inference(

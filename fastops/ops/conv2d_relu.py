@@ -187,10 +187,6 @@ def _facts(call: Call) -> dict[str, Any]:
     }
 
 
-def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def conv2d_relu(
     input: Tensor,
     weight: Tensor,
@@ -231,7 +227,7 @@ def conv2d_relu(
     def kernels() -> Tensor:
         assert call is not None
         tensors = call[:3]
-        if _wants_grad(*tensors):
+        if _library.wants_grad(*tensors):
             output = Conv2dReLU.apply(*tensors, call.window, call.groups, call.engine, call.auto)
         else:
             output = relu_maps(call.engine, *tensors, call.window, call.groups, call.auto)
@@ -288,7 +284,7 @@ def conv2d_relu_max_pool2d(
         assert call is not None
         assert call.pool is not None
         tensors = call[:3]
-        if _wants_grad(*tensors):
+        if _library.wants_grad(*tensors):
             arguments = (call.window, call.groups, call.pool, call.engine, call.auto)
             output = Conv2dReLUMaxPool2d.apply(*tensors, *arguments)[0]
         else:

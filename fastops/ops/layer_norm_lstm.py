@@ -322,7 +322,7 @@ def layer_norm_lstm(
         if lengths is not None:
             note_lengths(lengths, steps)
         return reference(*tensors, *rest)
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    save = _library.wants_grad(*tensors)
     auto = _env.choose_impl(impl, IMPLS) == "auto"
     return _library.or_stock(
         "layer_norm_lstm",

@@ -122,9 +122,8 @@ def stock(
     shuts the input gate and opens the forget gate, so that the cell state passes through the padding unchanged.
     """
     if lengths is not None:
-        if _packing_pays(mode, input, h0, c0, weights, lengths, batch_first):
-            return _stock_packed(mode, input, h0, c0, weights, lengths, batch_first)
-        return _stock_ragged(mode, input, h0, c0, weights, lengths, batch_first)
+        call = (mode, input, h0, c0, weights, lengths, batch_first)
+        return _stock_packed(*call) if _packing_pays(*call) else _stock_ragged(*call)
     return _torch_layer(mode, (input,), input.shape[0 if batch_first else 1], h0, c0, weights, batch_first)
 
 
@@ -170,8 +169,7 @@ def _packing_pays(
     each = lengths.tolist()
     if not each or not all(0 < length <= steps for length in each):
         return False
-    tensors = [x for x in (input, h0, c0, *(w for own in weights for w in own)) if x is not None]
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    training = _library.wants_grad(input, h0, c0, *(w for own in weights for w in own))
     most, least = PACKING_PAYS[mode == "LSTM", training]
     return sum(each) <= most * batch * steps and batch * weights[0][1].shape[0] // GATES[mode] >= least
 
