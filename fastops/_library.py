@@ -255,6 +255,11 @@ def has_tangents() -> bool:
     return forward_ad._current_level >= 0  # type: ignore[attr-defined]
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work: some ops of torch take none of their tensors."""
+    return has_tangents() or bool(torch._C._functorch.get_interpreter_stack())
+
+
 def _batched(tensors: Sequence[torch.Tensor | None]) -> bool:
     if torch.compiler.is_compiling():
         return False

@@ -94,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, CheckpointError, Diverged, KernelUnavailable, OptionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (OptionError, DataError, CheckpointError)) else 1
+    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C within one; the first one saves
+        print("stopped at once; what was saved before is all there is", file=sys.stderr)
+        return 130
     except ImportError as error:
         print(f"error: {error}; pip install 'fastops-triton[examples,hf]' brings all of it", file=sys.stderr)
         return 1

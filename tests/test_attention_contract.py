@@ -523,6 +523,15 @@ def test_inference_ends_rows_as_training_does(options, size, worth, monkeypatch)
     assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip((q, k, v), before, strict=True))
 
 
+@pytest.mark.parametrize("lengths", [None, torch.full((2,), 200)], ids=["dense", "lengths"])
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_a_float32_mask_beside_float64_is_read_as_such(impl, lengths):
+    q, k, v = (torch.randn(2, 2, 200, 64, dtype=torch.float64) for _ in range(3))
+    mask = torch.randn(2, 1, 200, 200)
+    found = sdpa(q, k, v, mask, key_lengths=lengths, impl=impl)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, mask.double()))
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_inference_with_query_lengths_under_vmap():
     x, n = torch.randn(2, 3, 1, 4, 16), torch.tensor([[4, 1, 0], [2, 3, 4]])

@@ -313,3 +313,14 @@ def test_tangents_are_seen_while_they_are_carried():
     with forward_ad.dual_level():
         assert _library.has_tangents() is True
     assert _library.has_tangents() is False
+
+
+def test_transforms_of_every_kind_are_seen():
+    seen = []
+    x = torch.ones(2)
+    for transform in (torch.func.grad, torch.vmap):
+        transform(lambda x: seen.append(_library.transformed()) or x.sum())(x)
+    with forward_ad.dual_level():
+        seen.append(_library.transformed())
+    assert seen == [True, True, True]
+    assert _library.transformed() is False

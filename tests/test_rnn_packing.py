@@ -93,6 +93,31 @@ def test_not_with_tangents_which_torch_packs_none_of():
         assert _packing_pays(*call()) is False
 
 
+@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+def test_transforms_which_torch_packs_for_none_of(mode, monkeypatch):
+    monkeypatch.setattr(rnn_reference, "PACKING_PAYS", ALWAYS)
+    module = getattr(fastops.nn, mode)(2, 3, dtype=torch.float64)
+    x, lengths = torch.randn(4, 2, 2, dtype=torch.float64), torch.tensor([2, 4])
+
+    def loss(x, parameters):
+        return torch.func.functional_call(module, parameters, (x,), {"lengths": lengths})[0].square().sum()
+
+    def beside_inference(x):
+        with torch.no_grad():
+            kept = module(x.detach(), lengths=lengths)[0].sum()
+        return (x * kept).sum()
+
+    parameters = dict(module.named_parameters())
+    leaf = x.clone().requires_grad_()
+    wanted = torch.autograd.grad(loss(leaf, parameters), [leaf, *parameters.values()])
+    detached = {name: value.detach() for name, value in parameters.items()}
+    found = torch.func.grad(loss, (0, 1))(x, detached)
+    for a, b in zip([found[0], *found[1].values()], wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    kept = module(x, lengths=lengths)[0].sum().detach()
+    torch.testing.assert_close(torch.func.grad(beside_inference)(x), torch.full_like(x, kept.item()))
+
+
 def test_a_trace_reads_lengths_when_it_runs():
     module = fastops.nn.GRU(3, 5).requires_grad_(False)
     x, lengths = torch.randn(6, 2, 3), (torch.tensor([2, 3]), torch.tensor([6, 1]))

@@ -578,6 +578,17 @@ def test_a_refused_run_leaves_no_folder_behind(table, tmp_path, monkeypatch):
     assert not Path("kept/run").exists()
 
 
+def test_ctrl_c_before_the_first_step_leaves_no_folder_and_no_traceback(table, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "build", interrupted)
+    assert command.main(["transformer", "--root", str(table), "--data", "table", "--out", "new/run"]) == 130
+    assert capsys.readouterr().err == "stopped at once; what was saved before is all there is\n"
+    assert not Path("new").exists()
+
+
 def test_only_the_run_itself_goes_on_in_its_folder(table, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train(options(table, tmp_path, epochs=1, out="mine")) == 0

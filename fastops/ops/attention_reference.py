@@ -287,8 +287,9 @@ def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options, is_causal: bool, enable_gqa: bool
 ) -> Tensor:
     if mask is not None:
-        if mask.dtype != torch.bool and query.device.type != "cpu":
-            # cuDNN reads an fp32 mask beside fp16 queries as fp16 bits in some releases
+        if mask.dtype != torch.bool and (query.device.type != "cpu" or query.dtype == torch.float64):
+            # cuDNN reads an fp32 mask beside fp16 queries as fp16 bits in some releases, and the CPU one beside fp64
+            # as fp64 bits
             mask = mask.to(query.dtype)
         if mask.dim() < 2:
             mask = mask.expand(query.shape[-2], key.shape[-2])

@@ -164,7 +164,7 @@ def _packing_pays(
     # a packed LSTM keeps its dtype under autocast, a padded one does not
     if input.device.type != "cpu" or _env.autocast_dtype(input.device) is not None or not _env.may_read_values():
         return False
-    if _library.has_tangents():  # torch packs none
+    if _library.transformed():  # torch packs no tensors of that kind
         return False
     each = lengths.tolist()
     if not each or not all(0 < length <= steps for length in each):

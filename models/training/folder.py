@@ -71,11 +71,11 @@ def _check_owner(options: Options, folder: str) -> None:
 
 @contextlib.contextmanager
 def _unmade_if_refused(folder: str) -> Iterator[None]:
-    """Where a run ends by an error before it has written anything, the folders made for it go again."""
+    """Where a run ends before it has written anything, the folders made for it go again."""
     missing = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     try:
         yield
-    except Exception:
+    except BaseException:  # Ctrl-C too
         with contextlib.suppress(OSError):  # one that is not empty stays, and with it those above
             for path in missing:
                 path.rmdir()
